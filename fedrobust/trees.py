@@ -1,0 +1,65 @@
+"""Arithmetic on pytrees of parameters. Sums run in float32 or wider."""
+
+import jax
+import jax.numpy as jnp
+
+from fedrobust.types import Params
+
+
+def add(a: Params, b: Params) -> Params:
+    """`a + b`, leaf by leaf."""
+    return jax.tree.map(jnp.add, a, b)
+
+
+def subtract(a: Params, b: Params) -> Params:
+    """`a - b`, leaf by leaf."""
+    return jax.tree.map(jnp.subtract, a, b)
+
+
+def scale(tree: Params, factor: jax.Array | float) -> Params:
+    """`factor * tree`, leaf by leaf, in each leaf's dtype."""
+    return jax.tree.map(lambda x: (x * factor).astype(x.dtype), tree)
+
+
+def multiply(a: Params, b: Params) -> Params:
+    """`a * b`, leaf by leaf, in the dtype of `a`."""
+    return jax.tree.map(lambda x, y: x * y.astype(x.dtype), a, b)
+
+
+def zeros_like(tree: Params) -> Params:
+    """Zeros of every leaf's shape and dtype."""
+    return jax.tree.map(jnp.zeros_like, tree)
+
+
+def where(condition: jax.Array, a: Params, b: Params) -> Params:
+    """`a` where the scalar condition is true, else `b`. A NaN in the branch not taken does not leak."""
+    return jax.tree.map(lambda x, y: jnp.where(condition, x, y), a, b)
+
+
+def norm(tree: Params) -> jax.Array:
+    """The L2 norm over all leaves together, shape (), at least float32."""
+    squares = [jnp.sum(jnp.square(x.astype(jnp.promote_types(x.dtype, jnp.float32)))) for x in jax.tree.leaves(tree)]
+    return jnp.sqrt(sum(squares, jnp.float32(0)))
+
+
+def size(tree: Params) -> int:
+    """The number of scalars in all leaves."""
+    return sum(x.size for x in jax.tree.leaves(tree))
+
+
+def weighted_sum(weight: jax.Array, stacked: Params) -> Params:
+    """`sum_k weight[k] * leaf[k]`.
+
+    Args:
+        weight: [K] float32. Where it is 0 the row may hold NaN or inf: it contributes exactly 0.
+        stacked: a pytree whose leaves are [K, ...].
+
+    Returns:
+        The pytree without the leading axis.
+    """
+
+    def leaf(x: jax.Array) -> jax.Array:
+        w = weight.reshape(weight.shape + (1,) * (x.ndim - 1))
+        return jnp.sum(jnp.where(w == 0, 0, w * x), axis=0).astype(x.dtype)
+
+    return jax.tree.map(leaf, stacked)

@@ -1,0 +1,114 @@
+"""The tuples and function types that every room of the library shares.
+
+Letters used for shapes: K clients, S local steps, B batch, H W C image, L classes, D parameters.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+Params = Any
+"""A pytree of float arrays."""
+
+Key = jax.Array
+"""A typed JAX PRNG key of shape ()."""
+
+
+class Model(NamedTuple):
+    """A model as two pure functions; Flax, Haiku or plain `jnp` all fit.
+
+    Attributes:
+        init: `(key, image[B,H,W,C]) -> params`.
+        apply: `(params, image[B,H,W,C]) -> logits[B,L]`, every row computed from its own image alone.
+    """
+
+    init: Callable[[Key, jax.Array], Params]
+    apply: Callable[[Params, jax.Array], jax.Array]
+
+
+class Batch(NamedTuple):
+    """One padded batch of one client.
+
+    Attributes:
+        image: [B,H,W,C] float32 in [0, 1].
+        label: [B] int32 in [0, L).
+        mask: [B] bool; False marks padding, whose image and label may hold anything, NaN included.
+    """
+
+    image: jax.Array
+    label: jax.Array
+    mask: jax.Array
+
+
+class Cohort(NamedTuple):
+    """The clients of one round, padded to a fixed K, and the batches each will train on.
+
+    Attributes:
+        id: [K] int32, unique among the clients that are present; it names the client's random stream.
+        weight: [K] float32 >= 0, the client's share in the average; 0 marks an absent (padding) client.
+        malicious: [K] bool, which clients an attack controls. Known to the simulation, never to an aggregator.
+        batch: a `Batch` with leading axes [K,S,B].
+    """
+
+    id: jax.Array
+    weight: jax.Array
+    malicious: jax.Array
+    batch: Batch
+
+
+class Dataset(NamedTuple):
+    """Labelled images in memory, on the host.
+
+    Attributes:
+        image: [N,H,W,C] float32 in [0, 1].
+        label: [N] int32 in [0, num_classes).
+        num_classes: L >= 2.
+    """
+
+    image: Any
+    label: Any
+    num_classes: int
+
+
+LogitsFn = Callable[[jax.Array], jax.Array]
+"""`image[B,H,W,C] -> logits[B,L]`."""
+
+Attack = Callable[[Key, LogitsFn, jax.Array, jax.Array], jax.Array]
+"""`(key, logits_fn, image[B,H,W,C], label[B]) -> image[B,H,W,C]`, still in [0, 1]."""
+
+UpdateAttack = Callable[[Key, Params, jax.Array], Params]
+"""`(key, updates[K,...], malicious[K]) -> updates[K,...]`."""
+
+Loss = Callable[[Key, Params, jax.Array, jax.Array], jax.Array]
+"""`(key, params, image[H,W,C], label[]) -> loss[]`, written for ONE example; batch it with `vmap`."""
+
+GradFn = Callable[[Key, Params, Batch], tuple[Params, Any]]
+"""`(key, params, batch) -> (gradient, info)`, the gradient scaled as the optimizer expects it."""
+
+ClientUpdate = Callable[[Key, Params, Batch], tuple[Params, Any]]
+"""`(key, params, batch[S,B]) -> (update, info)`; `params + update` is the client's new model."""
+
+
+class Aggregator(NamedTuple):
+    """How a server combines client updates.
+
+    Attributes:
+        init: `params -> state`.
+        apply: `(key, state, updates[K,...], weight[K]) -> (update, state, info)`.
+    """
+
+    init: Callable[[Params], Any]
+    apply: Callable[[Key, Any, Params, jax.Array], tuple[Params, Any, Any]]
+
+
+class Federated(NamedTuple):
+    """A federated algorithm.
+
+    Attributes:
+        init: `params -> state`.
+        round: `(key, state, cohort) -> (state, info)`.
+    """
+
+    init: Callable[[Params], Any]
+    round: Callable[[Key, Any, Cohort], tuple[Any, Any]]
