@@ -81,7 +81,11 @@ UpdateAttack = Callable[[Key, Params, jax.Array], Params]
 """`(key, updates[K,...], malicious[K]) -> updates[K,...]`."""
 
 Loss = Callable[[Key, Params, jax.Array, jax.Array], jax.Array]
-"""`(key, params, image[H,W,C], label[]) -> loss[]`, written for ONE example; batch it with `vmap`."""
+"""`(key, params, image[B,H,W,C], label[B]) -> loss[B]`, entry i computed from example i alone.
+
+A batch in, one loss per example out: training without privacy takes the mean and one gradient (no per-example
+gradient is ever formed), training with privacy calls it with B = 1 under `vmap(grad)`.
+"""
 
 GradFn = Callable[[Key, Params, Batch], tuple[Params, Any]]
 """`(key, params, batch) -> (gradient, info)`, the gradient scaled as the optimizer expects it."""

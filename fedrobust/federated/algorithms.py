@@ -1,0 +1,114 @@
+"""Federated algorithms: how a round turns client updates into new server parameters."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from fedrobust import keys, trees
+from fedrobust.federated.client_map import ClientFn
+from fedrobust.types import Aggregator, ClientUpdate, Cohort, Federated, Key, Params, UpdateAttack
+
+
+class FederatedState(NamedTuple):
+    """Everything the server carries from round to round.
+
+    Attributes:
+        params: the model.
+        mask: a pytree like params; what it zeroes stays zero (all ones where nothing is pruned).
+        optimizer: state of the server optimizer.
+        aggregator: state of the aggregator.
+        round: [] int32, rounds done.
+    """
+
+    params: Params
+    mask: Params
+    optimizer: Any
+    aggregator: Any
+    round: jax.Array
+
+
+class RoundInfo(NamedTuple):
+    """Diagnostics of one round. NOT private.
+
+    Attributes:
+        num_present: [] int32, clients that took part.
+        client: what `ClientUpdate` reports, leading axis [K]; rows of absent clients are 0.
+        aggregation: what the aggregator reports.
+        update_norm: [] L2 norm of the aggregated update.
+    """
+
+    num_present: jax.Array
+    client: Any
+    aggregation: Any
+    update_norm: jax.Array
+
+
+def fedavg(
+    client_update: Callable[[jax.Array], ClientUpdate],
+    aggregator: Aggregator,
+    server_optimizer: optax.GradientTransformation,
+    client_map: Callable[[ClientFn], ClientFn],
+    *,
+    update_attack: UpdateAttack | None = None,
+) -> Federated:
+    """Federated averaging, generalised: any client update, aggregator and server optimizer.
+
+        update_k = client_update(round)(key_k, params, batches_k)        for every client k that is present
+        update   = aggregator(update_1 ... update_K, weights)
+        params   = mask * server_optimizer(params, -update)
+
+    With `optax.sgd(1.0)` on the server and the mean as aggregator this is FedAvg; with one local step, DP-SGD or SGD
+    averaged at every step; with another server optimizer FedOpt.
+
+    Args:
+        client_update: `round[] int32 -> ClientUpdate`. A schedule over rounds (learning rate, attack radius) is a
+            closure over the traced round; `lambda _: update` where nothing changes.
+        aggregator: see `Aggregator`. It never sees who is malicious.
+        server_optimizer: optax, fed the negative update as its gradient.
+        client_map: `fn -> mapped fn`, such as `partial(map_clients, backend="vmap")`.
+        update_attack: what malicious clients do to their updates before they reach the server.
+
+    Returns:
+        A `Federated`. Absent clients are not computed (under vmap: computed and dropped) and may hold NaN.
+        The round draws client k's numbers from `fold_in(key, id_k)`.
+
+    Source: McMahan et al. 2017 (arXiv 1602.05629), Algorithm 1; Reddi et al. 2021 (arXiv 2003.00295), Algorithm 1.
+    """
+
+    def init(params: Params) -> FederatedState:
+        mask = jax.tree.map(jnp.ones_like, params)
+        return FederatedState(
+            params, mask, server_optimizer.init(params), aggregator.init(params), jnp.zeros((), jnp.int32)
+        )
+
+    def train(shared: tuple[Params, jax.Array], client: tuple) -> Any:
+        params, round = shared
+        key, weight, batch = client
+        run = client_update(round)
+        result = jax.eval_shape(run, key, params, batch)
+        absent = lambda *_: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), result)  # noqa: E731
+        return jax.lax.cond(weight > 0, run, absent, key, params, batch)
+
+    def round(key: Key, state: FederatedState, cohort: Cohort) -> tuple[FederatedState, RoundInfo]:
+        chex.assert_rank([cohort.id, cohort.weight, cohort.malicious], 1)
+        chex.assert_equal_shape_prefix(list(cohort.batch) + [cohort.id], 1)
+        client_key = keys.per_client(keys.stream(key, "client"), cohort.id)
+        clients = (client_key, cohort.weight, cohort.batch)
+        updates, info = client_map(train)((state.params, state.round), clients)
+        if update_attack is not None:
+            updates = update_attack(keys.stream(key, "attack"), updates, cohort.malicious)
+        update, aggregator_state, aggregation = aggregator.apply(
+            keys.stream(key, "aggregate"), state.aggregator, updates, cohort.weight
+        )
+        gradient = trees.scale(update, -1)
+        change, optimizer = server_optimizer.update(gradient, state.optimizer, state.params)
+        params = trees.multiply(optax.apply_updates(state.params, change), state.mask)
+        present = jnp.sum(cohort.weight > 0).astype(jnp.int32)
+        new = FederatedState(params, state.mask, optimizer, aggregator_state, state.round + 1)
+        return new, RoundInfo(present, info, aggregation, trees.norm(update))
+
+    return Federated(init, round)

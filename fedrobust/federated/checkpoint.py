@@ -1,0 +1,46 @@
+"""Federated state on disk: saved whole or not at all, restored to the bit."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+
+def save(folder: Path, step: int, state: Any) -> None:
+    """Saves a state; the one before it is kept until the new one is whole.
+
+    Args:
+        folder: made if it is not there; belongs to checkpoints alone.
+        step: rounds done, >= 0, larger than those saved before.
+        state: a pytree of arrays.
+    """
+    with _manager(folder) as manager:
+        manager.save(step, args=ocp.args.StandardSave(jax.tree.map(np.asarray, state)))
+        manager.wait_until_finished()
+
+
+def latest(folder: Path, like: Any) -> tuple[int, Any] | None:
+    """The last state that was saved whole.
+
+    Args:
+        folder: as given to `save`; need not exist.
+        like: a pytree of arrays of the structure, shapes and dtypes to restore.
+
+    Returns:
+        `(step, state)`, or None where nothing was saved.
+    """
+    if not folder.is_dir():
+        return None
+    with _manager(folder) as manager:
+        step = manager.latest_step()
+        if step is None:
+            return None
+        target = jax.tree.map(np.asarray, like)
+        return step, manager.restore(step, args=ocp.args.StandardRestore(target))
+
+
+def _manager(folder: Path) -> ocp.CheckpointManager:
+    options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
+    return ocp.CheckpointManager(folder.resolve(), options=options)

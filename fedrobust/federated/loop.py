@@ -1,0 +1,32 @@
+"""Rounds, one after the other."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+
+from fedrobust.types import Cohort, Federated, Key
+
+
+def rounds(
+    federated: Federated, state: Any, cohorts: Callable[[int], Cohort], key: Key, num_rounds: int
+) -> Iterator[tuple[int, Any, Any]]:
+    """Runs a federation from where its state stands up to `num_rounds`, yielding after every round.
+
+    Round r uses `fold_in(key, r)` and `cohorts(r)` alone, so a run that goes on from a saved state draws the same
+    numbers, and ends in the same bits, as one that was never interrupted.
+
+    Args:
+        federated: its `round` is compiled once.
+        state: from `federated.init` or a checkpoint; has a field `round`, the number of rounds done.
+        cohorts: pure function of the round.
+        key: the root key of training, shape ().
+        num_rounds: where to stop.
+
+    Yields:
+        `(rounds done, state, info)`.
+    """
+    step = jax.jit(federated.round)
+    for r in range(int(state.round), num_rounds):
+        state, info = step(jax.random.fold_in(key, r), state, cohorts(r))
+        yield r + 1, state, info
