@@ -1,0 +1,35 @@
+"""Smaller models: structured pruning of any pure function, int8 weights, and a file that holds the result."""
+
+from fedrobust.compression.artifact import guarantee, load, save
+from fedrobust.compression.pruning import (
+    Channels,
+    find_channels,
+    kept_units,
+    masks,
+    masks_from_units,
+    max_difference,
+    shrink,
+    shrink_apply,
+    slice_tree,
+)
+from fedrobust.compression.quantization import Quantized, dequantize, quantize
+from fedrobust.compression.schedule import cubic_sparsity
+
+__all__ = [
+    "Channels",
+    "Quantized",
+    "cubic_sparsity",
+    "dequantize",
+    "find_channels",
+    "guarantee",
+    "kept_units",
+    "load",
+    "masks",
+    "masks_from_units",
+    "max_difference",
+    "quantize",
+    "save",
+    "shrink",
+    "shrink_apply",
+    "slice_tree",
+]

@@ -1,0 +1,26 @@
+"""Labelled images on the host: loading, partitions over clients, the cohort of each round, augmentation."""
+
+from fedrobust.data.augmentation import Augment, compose, random_flip, random_shift
+from fedrobust.data.cohort import CohortSettings, CohortShape, cohort_shape, make_cohorts
+from fedrobust.data.errors import DataError
+from fedrobust.data.loading import Splits, load
+from fedrobust.data.partition import PARTITIONS, dirichlet, iid, quantity_skew, shards
+
+__all__ = [
+    "PARTITIONS",
+    "Augment",
+    "CohortSettings",
+    "CohortShape",
+    "DataError",
+    "Splits",
+    "cohort_shape",
+    "compose",
+    "dirichlet",
+    "iid",
+    "load",
+    "make_cohorts",
+    "quantity_skew",
+    "random_flip",
+    "random_shift",
+    "shards",
+]

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fedrobust import keys, trees
+from fedrobust import check, keys, trees
 from fedrobust.federated.client_map import ClientFn
 from fedrobust.types import Aggregator, ClientUpdate, Cohort, Federated, Key, Params, UpdateAttack
 
@@ -17,7 +17,8 @@ class FederatedState(NamedTuple):
     """Everything the server carries from round to round.
 
     Attributes:
-        params: the model.
+        params: the model that is trained.
+        average: its running average over rounds, the model to keep (equal to params without averaging).
         mask: a pytree like params; what it zeroes stays zero (all ones where nothing is pruned).
         optimizer: state of the server optimizer.
         aggregator: state of the aggregator.
@@ -25,6 +26,7 @@ class FederatedState(NamedTuple):
     """
 
     params: Params
+    average: Params
     mask: Params
     optimizer: Any
     aggregator: Any
@@ -54,12 +56,14 @@ def fedavg(
     client_map: Callable[[ClientFn], ClientFn],
     *,
     update_attack: UpdateAttack | None = None,
+    average_decay: float = 0.0,
 ) -> Federated:
     """Federated averaging, generalised: any client update, aggregator and server optimizer.
 
         update_k = client_update(round)(key_k, params, batches_k)        for every client k that is present
         update   = aggregator(update_1 ... update_K, weights)
         params   = mask * server_optimizer(params, -update)
+        average  = mask * (decay * average + (1 - decay) * params),  decay = min(average_decay, (1 + r) / (10 + r))
 
     With `optax.sgd(1.0)` on the server and the mean as aggregator this is FedAvg; with one local step, DP-SGD or SGD
     averaged at every step; with another server optimizer FedOpt.
@@ -71,18 +75,28 @@ def fedavg(
         server_optimizer: optax, fed the negative update as its gradient.
         client_map: `fn -> mapped fn`, such as `partial(map_clients, backend="vmap")`.
         update_attack: what malicious clients do to their updates before they reach the server.
+        average_decay: in [0, 1), per round; 0 keeps no average. Under privacy it is free: post-processing.
 
     Returns:
         A `Federated`. Absent clients are not computed (under vmap: computed and dropped) and may hold NaN.
         The round draws client k's numbers from `fold_in(key, id_k)`.
 
-    Source: McMahan et al. 2017 (arXiv 1602.05629), Algorithm 1; Reddi et al. 2021 (arXiv 2003.00295), Algorithm 1.
+    Raises:
+        ValueError: average_decay outside [0, 1).
+
+    Source: McMahan et al. 2017 (arXiv 1602.05629), Algorithm 1; Reddi et al. 2021 (arXiv 2003.00295), Algorithm 1;
+        averaging with a warm-up: De et al. 2022 (arXiv 2204.13650), section 3.
     """
+    check.fraction("average_decay", average_decay, one=False)
 
     def init(params: Params) -> FederatedState:
-        mask = jax.tree.map(jnp.ones_like, params)
         return FederatedState(
-            params, mask, server_optimizer.init(params), aggregator.init(params), jnp.zeros((), jnp.int32)
+            params=params,
+            average=params,
+            mask=jax.tree.map(jnp.ones_like, params),
+            optimizer=server_optimizer.init(params),
+            aggregator=aggregator.init(params),
+            round=jnp.zeros((), jnp.int32),
         )
 
     def train(shared: tuple[Params, jax.Array], client: tuple) -> Any:
@@ -107,8 +121,11 @@ def fedavg(
         gradient = trees.scale(update, -1)
         change, optimizer = server_optimizer.update(gradient, state.optimizer, state.params)
         params = trees.multiply(optax.apply_updates(state.params, change), state.mask)
+        decay = jnp.minimum(average_decay, (1 + state.round) / (10 + state.round))
+        average = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, state.average, params)
+        average = trees.multiply(average, state.mask)
         present = jnp.sum(cohort.weight > 0).astype(jnp.int32)
-        new = FederatedState(params, state.mask, optimizer, aggregator_state, state.round + 1)
+        new = FederatedState(params, average, state.mask, optimizer, aggregator_state, state.round + 1)
         return new, RoundInfo(present, info, aggregation, trees.norm(update))
 
     return Federated(init, round)

@@ -5,9 +5,7 @@ import numpy as np
 from fedrobust import check
 
 
-def private_class_weight(
-    rng: np.random.Generator, silo_counts: np.ndarray, *, histogram_epsilon: float
-) -> np.ndarray:
+def private_class_weight(rng: np.random.Generator, silo_counts: np.ndarray, *, histogram_epsilon: float) -> np.ndarray:
     """Class weights in [0, 1] from label counts that every silo noises before it tells them.
 
     Weights are inversely proportional to the noised federation-wide counts, the rarest class at 1, to be

@@ -1,0 +1,8 @@
+"""Reading a model's own equations: coupled channels, the same model with fewer of them, its cost."""
+
+from fedrobust.trace.cost import flops
+from fedrobust.trace.coupling import Coupling, couple
+from fedrobust.trace.program import Equation, Program, evaluate, fast_convolutions, read
+from fedrobust.trace.resize import resize
+
+__all__ = ["Coupling", "Equation", "Program", "couple", "evaluate", "fast_convolutions", "flops", "read", "resize"]

@@ -1,0 +1,187 @@
+"""From settings to a federation: data on clients, a privacy plan, and one compiled round per kind of training."""
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from experiments.combinations.settings import AT, Study
+from fedrobust import attacks, data, defenses, federated, losses, models, privacy
+from fedrobust.types import ClientUpdate, Cohort, Federated, GradFn, Loss, Model, Params
+
+Apply = Callable[[Params, jax.Array], jax.Array]
+
+RULES = ("mean", "rule")
+"""What the aggregator can be switched between without compiling again: plain averaging, the study's robust rule."""
+
+
+class Hospitals(NamedTuple):
+    """The data of one seed: Attributes: splits; parts: each client's rows of the training split."""
+
+    splits: data.Splits
+    parts: list[np.ndarray]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one combination is trained: hashable, so that equal recipes share one compiled round.
+
+    Attributes:
+        study: the settings.
+        dp: whether gradients are private.
+        at: whether samples are adversarial.
+        plan: the privacy plan of every silo; None without privacy.
+        class_weight: weights after the clip, one per class; () without privacy or without label counts.
+        expected_batch_size: denominator of the private gradient, records.
+    """
+
+    study: Study
+    dp: bool
+    at: bool
+    plan: privacy.Plan | None
+    class_weight: tuple[float, ...]
+    expected_batch_size: float
+
+    @property
+    def num_rounds(self) -> int:
+        """Rounds of the whole training."""
+        return (self.study.dp if self.dp else self.study.train).num_rounds
+
+
+def hospitals(study: Study, seed: int) -> Hospitals:
+    """Loads the data and shares it out."""
+    splits = data.load(study.dataset, data_dir=study.data_dir)
+    options = {"alpha": study.alpha} if study.partition in ("dirichlet", "quantity_skew") else {}
+    rng = np.random.default_rng([seed, 1])
+    parts = data.PARTITIONS[study.partition](rng, splits.train.label, study.clients, min_size=1, **options)
+    return Hospitals(splits, parts)
+
+
+@functools.lru_cache(maxsize=4)  # one object for all rows: what is compiled for it is shared
+def build_model(study: Study, image_shape: tuple[int, int, int], num_classes: int) -> Model:
+    """The study's architecture for the data at hand."""
+    return models.build(
+        study.model, builder=study.builder, image_shape=image_shape, num_classes=num_classes, width=study.width
+    )
+
+
+def make_recipe(study: Study, seed: int, site: Hospitals, *, dp: bool, at: bool) -> Recipe:
+    """Plans the privacy of a combination and releases what it needs to know of the labels."""
+    if not dp:
+        return Recipe(study, dp, at, None, (), 0.0)
+    shape = data.cohort_shape(cohort_settings(study, dp), [len(part) for part in site.parts])
+    plan = privacy.make_plan(
+        unit="record",
+        epsilon=study.dp.epsilon,
+        delta=study.dp.delta,
+        sampling_rate=study.dp.sampling_rate,
+        num_steps=study.dp.num_rounds,
+        histogram_epsilon=study.dp.histogram_epsilon,
+        truncation_probability=study.dp.num_rounds * shape.batch_tail,
+    )
+    class_weight: tuple[float, ...] = ()
+    if study.dp.histogram_epsilon > 0:
+        label, num_classes = site.splits.train.label, site.splits.train.num_classes
+        counts = np.stack([np.bincount(label[part], minlength=num_classes) for part in site.parts])
+        weight = privacy.private_class_weight(
+            np.random.default_rng([seed, 2]), counts, histogram_epsilon=study.dp.histogram_epsilon
+        )
+        class_weight = tuple(weight.tolist())
+    nominal = len(site.splits.train.label) / len(site.parts)
+    return Recipe(study, dp, at, plan, class_weight, study.dp.sampling_rate * nominal)
+
+
+def cohort_settings(study: Study, dp: bool) -> data.CohortSettings:
+    """All clients in every round; Poisson batches and equal weights under privacy, shuffled epochs without."""
+    if dp:
+        rate = study.dp.sampling_rate
+        return data.CohortSettings(
+            num_steps=1, client_sampling="all", batch_sampling="poisson", batch_rate=rate, weighting="equal"
+        )
+    return data.CohortSettings(
+        num_steps=study.train.num_steps,
+        client_sampling="all",
+        batch_sampling="shuffle",
+        batch_size=study.train.batch_size,
+        weighting="examples",
+    )
+
+
+def cohorts(recipe: Recipe, site: Hospitals, seed: int, malicious: tuple[int, ...]) -> Callable[[int], Cohort]:
+    """The clients and batches of every round."""
+    settings = cohort_settings(recipe.study, recipe.dp)
+    return data.make_cohorts(site.splits.train, site.parts, settings, seed=seed, malicious=malicious)
+
+
+@functools.lru_cache(maxsize=16)  # one compiled round per recipe and model, shared by all rows that differ in neither
+def federation(recipe: Recipe, apply: Apply) -> Federated:
+    """The federated algorithm of a recipe for a model."""
+    study = recipe.study
+    rule = defenses.AGGREGATORS[study.poison.rule]
+    options = {"trim_fraction": study.poison.malicious_share} if study.poison.rule == "trimmed_mean" else {}
+    backend = None if study.client_map == "auto" else study.client_map
+    return federated.fedavg(
+        lambda round: client_update(recipe, apply, round),
+        defenses.choice(defenses.mean(), rule(**options)),
+        server_optimizer(recipe),
+        lambda fn: federated.map_clients(fn, backend=backend),
+        update_attack=attacks.sign_flip(study.poison.scale),
+        average_decay=(study.dp if recipe.dp else study.train).average_decay,
+    )
+
+
+def server_optimizer(recipe: Recipe) -> optax.GradientTransformation:
+    """Momentum over noised steps under privacy, plain averaging of local models without."""
+    if not recipe.dp:
+        return optax.sgd(1.0)
+    settings = recipe.study.dp
+    schedule = optax.cosine_decay_schedule(settings.learning_rate, settings.num_rounds)
+    return optax.sgd(schedule, momentum=settings.momentum)
+
+
+def client_update(recipe: Recipe, apply: Apply, round: jax.Array) -> ClientUpdate:
+    """What a client does in a round: one noised gradient under privacy, local Adam without."""
+    loss = example_loss(recipe, apply, round)
+    if not recipe.dp:
+        schedule = optax.cosine_decay_schedule(recipe.study.train.learning_rate, recipe.num_rounds)
+        return federated.local_update(federated.mean_grad(loss), optax.adam(schedule(round)), skip_empty=True)
+    return federated.local_update(private_gradient(recipe, loss), optax.sgd(1.0), skip_empty=False)
+
+
+def private_gradient(recipe: Recipe, loss: Loss) -> GradFn:
+    """DP-SGD's gradient under the recipe's plan."""
+    settings, plan = recipe.study.dp, recipe.plan
+    assert plan is not None
+    clipped = privacy.clipped_grad(loss, clip_norm=settings.clip_norm, microbatch_size=settings.microbatch_size)
+    return privacy.private_grad(
+        clipped,
+        noise_multiplier=plan.noise_multiplier,
+        relation=plan.relation,
+        expected_batch_size=recipe.expected_batch_size,
+        class_weight=jnp.asarray(recipe.class_weight) if recipe.class_weight else None,
+    )
+
+
+def example_loss(recipe: Recipe, apply: Apply, round: jax.Array) -> Loss:
+    """Cross-entropy, of adversarial samples whose radius grows over the first rounds where AT takes part."""
+    loss = losses.cross_entropy(apply)
+    if not recipe.at:
+        return loss
+    settings: AT = recipe.study.at
+    warmup = max(1, math.ceil(settings.warmup * recipe.num_rounds))
+    eps = settings.eps * jnp.minimum(1.0, (round + 1) / warmup)
+    attack = attacks.pgd(
+        norm="linf",
+        eps=eps,
+        step_size=settings.relative_step * eps,
+        num_steps=settings.num_steps,
+        random_start=True,
+        keep_best=False,
+    )
+    return defenses.adversarial_loss(loss, apply, attack, clean_share=settings.clean_share)

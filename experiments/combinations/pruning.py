@@ -1,0 +1,105 @@
+"""Pruning while the federation trains, then the physically smaller model."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.combinations.federation import Apply
+from experiments.combinations.settings import MC
+from fedrobust import compression, trees
+from fedrobust.federated import FederatedState
+from fedrobust.types import Model, Params
+
+TOLERANCE = 1e-4
+"""Largest logit difference between masked and small model at which a run goes on; the measured one is in the row."""
+
+
+def _param_shapes(model: Model, image_shape: tuple[int, ...]) -> tuple[Params, jax.ShapeDtypeStruct]:
+    image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    return jax.eval_shape(model.init, jax.random.key(0), image), image
+
+
+@functools.lru_cache(maxsize=4)  # reading a model takes a second, and every pruned row asks
+def channels(model: Model, image_shape: tuple[int, ...]) -> compression.Channels:
+    """The model's prunable units."""
+    params, image = _param_shapes(model, image_shape)
+    return compression.find_channels(model.apply, params, image)
+
+
+def schedule(
+    settings: MC, channels: compression.Channels, num_rounds: int
+) -> tuple[Callable[[FederatedState, int], FederatedState], int]:
+    """When the masks are renewed, and the round after which nothing is pruned any more.
+
+    Returns:
+        `(state, rounds done) -> state` with new masks where the sparsity rises, and the last such round.
+    """
+    end = max(2, round(settings.end * num_rounds))
+    begin = min(end - 1, max(1, round(settings.begin * num_rounds)))
+    every = max(1, (end - begin) // settings.num_events)
+    sparsity = compression.cubic_sparsity(final=settings.sparsity, begin=begin, end=end, every=every)
+
+    def prune(state: FederatedState, rounds_done: int) -> FederatedState:
+        # Scores come from the server's parameters, which under privacy are public already: masks cost nothing.
+        if sparsity(rounds_done) == sparsity(rounds_done - 1):
+            return state
+        mask = compression.masks(channels, state.params, sparsity=sparsity(rounds_done))
+        masked = {"params": trees.multiply(state.params, mask), "average": trees.multiply(state.average, mask)}
+        return state._replace(mask=mask, **masked)
+
+    return prune, end
+
+
+def shrink(
+    model: Model, channels: compression.Channels, state: FederatedState, image: np.ndarray
+) -> tuple[Apply, FederatedState, float]:
+    """The small model, and everything the server carries cut to it.
+
+    Args:
+        model: the full model.
+        channels: its units.
+        state: with the final masks.
+        image: [B,H,W,C], on which masked and small logits are compared.
+
+    Returns:
+        The small function, the small state, and the largest difference of the logits.
+
+    Raises:
+        RuntimeError: the difference is above `TOLERANCE`.
+    """
+    keep = compression.kept_units(channels, state.mask)
+    structure = jax.tree.structure(state.params)
+
+    def cut(tree: Any) -> Any:
+        def like_params(x: Any) -> bool:
+            return jax.tree.structure(x) == structure
+
+        def leaf(x: Any) -> Any:
+            return compression.slice_tree(channels, state.mask, x) if like_params(x) else x
+
+        return jax.tree.map(leaf, tree, is_leaf=like_params)
+
+    apply = _small_apply(model, image.shape[1:], tuple(np.bincount(channels.group[keep]).tolist()))
+    small = cut(state)
+    masked, shrunk = jax.jit(model.apply)(state.params, image), jax.jit(apply)(small.params, image)
+    difference = float(jnp.max(jnp.abs(masked - shrunk)))
+    if not difference <= TOLERANCE:
+        raise RuntimeError(f"the shrunk model differs from the masked one by {difference:.2g} in its logits")
+    return apply, small, difference
+
+
+@functools.lru_cache(maxsize=16)
+def _small_apply(model: Model, image_shape: tuple[int, ...], num_kept: tuple[int, ...]) -> Apply:
+    """The model with `num_kept[g]` units left in group g: one function, and so one compilation, whichever they are.
+
+    It is built for the first units of each group. In the study's architectures the units of a group are
+    interchangeable; `shrink` compares the logits, so a model where they are not cannot slip through.
+    """
+    units = channels(model, image_shape)
+    first = [np.flatnonzero(units.group == g)[:n] for g, n in enumerate(num_kept)]
+    keep = np.isin(np.arange(len(units.group)), np.concatenate(first))
+    return compression.shrink_apply(model.apply, units, _param_shapes(model, image_shape)[0], keep)

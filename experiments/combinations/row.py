@@ -1,0 +1,203 @@
+"""One row of the study: train a combination, poison it, compress it, attack it, weigh it."""
+
+import dataclasses
+import functools
+import os
+import platform
+import shutil
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.combinations.federation import RULES, Apply, Hospitals, build_model, make_recipe
+from experiments.combinations.pruning import TOLERANCE
+from experiments.combinations.settings import Attack as AttackSettings
+from experiments.combinations.settings import Study
+from experiments.combinations.training import BATCH_SIZE, Job, Progress, Trained, train
+from fedrobust import attacks, compression, evaluation, keys, reporting, trace, trees
+from fedrobust.types import Attack, Model, Params
+
+PACKAGES = ("fedrobust", "jax", "jaxlib", "flax", "dm-haiku", "optax", "dp-accounting", "numpy")
+LATENCY_BATCH = 64
+
+
+class Combination(NamedTuple):
+    """Which of the three take part. Attributes: dp, at, mc."""
+
+    dp: bool
+    at: bool
+    mc: bool
+
+    @property
+    def name(self) -> str:
+        """As on the command line: "plain", "dp+at", ..."""
+        return "+".join(name for name, on in zip(self._fields, self, strict=True) if on) or "plain"
+
+    @classmethod
+    def parse(cls, name: str) -> "Combination":
+        """The combination of a name."""
+        return cls(*(part in name.split("+") for part in cls._fields))
+
+
+class Final(NamedTuple):
+    """The model that is served. Attributes: apply, params (dequantized where it is int8), bytes of its file."""
+
+    apply: Apply
+    params: Params
+    bytes: int
+
+
+def make_row(
+    study: Study,
+    config: dict[str, Any],
+    combination: Combination,
+    seed: int,
+    site: Hospitals,
+    out: Path,
+    progress: Callable[[str], Progress],
+) -> reporting.Row:
+    """Trains and measures one combination with one seed.
+
+    Args:
+        study: the settings.
+        config: what goes into the row and its hash.
+        combination: what takes part.
+        seed: of everything random.
+        site: the data.
+        out: checkpoints go below `work`, the model's file below `models`.
+        progress: makes the progress callback of a phase from its name.
+
+    Returns:
+        A complete row. Killed at any point and called again, it goes on from the last checkpoint.
+    """
+    recipe = make_recipe(study, seed, site, dp=combination.dp, at=combination.at)
+    train_split, test = site.splits.train, site.splits.test
+    model = build_model(study, train_split.image.shape[1:], train_split.num_classes)
+    name = f"{combination.name}-seed{seed}"
+    work, path = out / "work" / name, out / "models" / f"{name}.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+    def run(phase: str, malicious: tuple[int, ...], rule: str) -> Trained:
+        folder = work / phase.replace(" ", "_").replace(",", "")
+        return train(Job(recipe, site, seed, combination.mc, malicious, rule, folder), model, progress(phase))
+
+    trained = run("training", (), "mean")
+    poisoned = _poisoned(study, site, run)
+    progress("evaluation")(0, 1, {})
+    guarantee = None if recipe.plan is None else dataclasses.asdict(recipe.plan)
+    final = finish(model, trained, path, guarantee, test.image[:BATCH_SIZE])
+    clean = evaluation.metrics(evaluation.predict(final.apply, final.params, test.image, BATCH_SIZE), test.label)
+    key = keys.stream(keys.root(seed), "evaluate")
+    attacked = evaluation.evaluate(final.apply, final.params, test, threats(study.attack), key, BATCH_SIZE)
+    row = {
+        "experiment": study.experiment,
+        "combination": combination._asdict(),
+        "seed": seed,
+        "config": config,
+        "config_hash": reporting.config_hash(config),
+        "clean": clean._asdict(),
+        "robust": attacked.robust,
+        "checks": attacked.checks,
+        "poisoned": poisoned,
+        "size": _size(model, final, test.image.shape[1:], work),
+        "masked_minus_shrunk": trained.shrink_difference,
+        "privacy": guarantee,
+        "history": dict(zip(("round", "loss", "val_accuracy"), trained.history.T.tolist(), strict=True)),
+        "train_seconds": trained.train_seconds,
+        "versions": {package: version(package) for package in PACKAGES} | {"python": platform.python_version()},
+        "device": f"{jax.devices()[0].device_kind} ({platform.machine()}, {os.cpu_count()} cores)",
+    }
+    shutil.rmtree(work)
+    progress("evaluation")(1, 1, {})
+    return row
+
+
+def finish(model: Model, trained: Trained, path: Path, guarantee: dict[str, Any] | None, image: np.ndarray) -> Final:
+    """Writes the model's file, int8 where it was pruned, and reads back what everything is measured on.
+
+    Raises:
+        RuntimeError: the model that runs from the file and the one measured differ in their logits on `image`.
+    """
+    params = trained.params if trained.masks is None else compression.quantize(trained.params)
+    saved = {"channels": trained.channels, "masks": trained.masks, "guarantee": {"privacy": guarantee}}
+    size = compression.save(path, params, **saved)
+    full = jax.eval_shape(model.init, jax.random.key(0), image[:1])
+    file_params, file_apply = compression.load(path, model.apply, full, image[:1])
+    # One function for all models of a shape shares what is compiled for it; the file's own must agree with it.
+    served, measured = jax.jit(file_apply)(file_params, image), jax.jit(trained.apply)(file_params, image)
+    difference = float(jnp.max(jnp.abs(served - measured)))
+    if not difference <= TOLERANCE:
+        raise RuntimeError(f"{path}: the model differs from the measured one by {difference:.2g} in its logits")
+    return Final(trained.apply, file_params, size)
+
+
+def threats(settings: AttackSettings) -> tuple[evaluation.Threat, ...]:
+    """FGSM and PGD at every radius."""
+    restarts = settings.num_restarts
+    return (
+        evaluation.Threat("fgsm", "linf", settings.eps, 1, 1, _fgsm),
+        evaluation.Threat("pgd", "linf", settings.eps, settings.num_steps, restarts, _pgd(settings)),
+    )
+
+
+def _fgsm(eps: jax.Array) -> Attack:
+    return attacks.fgsm(norm="linf", eps=eps)
+
+
+@functools.lru_cache(maxsize=4)  # what a compiled attack is remembered by
+def _pgd(settings: AttackSettings) -> Callable[[jax.Array], Attack]:
+    def attack(eps: jax.Array) -> Attack:
+        steps, restarts = settings.num_steps, settings.num_restarts
+        return attacks.pgd(
+            norm="linf", eps=eps, step_size=eps / 4, num_steps=steps, random_start=True, num_restarts=restarts
+        )
+
+    return attack
+
+
+def _poisoned(
+    study: Study, site: Hospitals, run: Callable[[str, tuple[int, ...], str], Trained]
+) -> dict[str, Any] | None:
+    """Accuracy on test after training with dishonest clients, averaged plainly and by the robust rule."""
+    share = study.poison.malicious_share
+    malicious = tuple(range(study.clients - round(share * study.clients), study.clients))
+    if not malicious:
+        return None
+    entry: dict[str, Any] = {"attack": "sign_flip", "malicious_share": len(malicious) / study.clients}
+    for rule, name in zip(RULES, ("mean", study.poison.rule), strict=True):
+        trained = run(f"poisoned, {name.replace('_', ' ')}", malicious, rule)
+        test = site.splits.test
+        found = evaluation.metrics(
+            evaluation.predict(trained.apply, _as_served(trained), test.image, BATCH_SIZE), test.label
+        )
+        entry[name] = {"accuracy": found.accuracy, "balanced_accuracy": found.balanced_accuracy}
+    return entry
+
+
+def _as_served(trained: Trained) -> Params:
+    """The parameters a model is served with: through int8 and back where it was pruned."""
+    if trained.masks is None:
+        return trained.params
+    return compression.dequantize(compression.quantize(trained.params))
+
+
+def _size(model: Model, final: Final, image_shape: tuple[int, int, int], folder: Path) -> dict[str, float]:
+    """What the model costs, and over the dense float32 one, both measured in the same run."""
+    example = jnp.zeros((1, *image_shape))
+    dense = model.init(jax.random.key(0), example)
+    path = folder / "dense.safetensors"
+    models = (final.apply, final.params), (model.apply, dense)
+    times = evaluation.latencies(*models, image_shape=image_shape, batch_size=LATENCY_BATCH)
+    figures = {
+        "parameters": (trees.size(final.params), trees.size(dense)),
+        "bytes": (final.bytes, compression.save(path, dense, guarantee={})),
+        "flops": (trace.flops(final.apply, final.params, example), trace.flops(model.apply, dense, example)),
+        "latency_ms": (times[0], times[1]),
+    }
+    size = {name: this for name, (this, _) in figures.items()}
+    return size | {f"{name}_ratio": this / other for name, (this, other) in figures.items()}

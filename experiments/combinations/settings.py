@@ -1,0 +1,228 @@
+"""Everything a run of the study can be told, and the presets of each data set and scale.
+
+All of it is frozen dataclasses; the command line is generated from them, help texts included.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from fedrobust import check
+from fedrobust.compression import cubic_sparsity
+from fedrobust.data import PARTITIONS
+from fedrobust.federated import BACKENDS
+from fedrobust.models import SPECS
+
+Scale = Literal["smoke", "cpu", "paper"]
+COMBINATIONS = ("plain", "mc", "at", "at+mc", "dp", "dp+mc", "dp+at", "dp+at+mc")
+
+
+@dataclass(frozen=True)
+class Training:
+    """Rounds without privacy: every client trains on `num_steps` batches, the server averages."""
+
+    num_rounds: int = 16
+    """Rounds."""
+    num_steps: int = 15
+    """Local optimizer steps per round."""
+    batch_size: int = 32
+    """Images per local step."""
+    learning_rate: float = 1e-3
+    """Peak learning rate of the clients' Adam; it falls to 0 by a cosine over the rounds."""
+    average_decay: float = 0.5
+    """Decay per round of the running average of the server's parameters, which is the model that is kept; 0 for none."""
+
+
+@dataclass(frozen=True)
+class DP:
+    """Differential privacy of one record of one silo (DP-SGD in each silo, every step averaged)."""
+
+    epsilon: float = 8.0
+    """Budget, label counts included."""
+    delta: float = 1e-4
+    """Probability that the bound does not hold; below 1 / records of a silo."""
+    num_rounds: int = 150
+    """Rounds; each is one noised step in every silo."""
+    sampling_rate: float = 0.1
+    """Chance of each record to enter a step (Poisson)."""
+    clip_norm: float = 1.0
+    """L2 bound on one record's gradient."""
+    learning_rate: float = 0.5
+    """Peak learning rate of the server; it falls to 0 by a cosine over the rounds."""
+    momentum: float = 0.9
+    """Momentum of the server."""
+    average_decay: float = 0.9
+    """As in training, per noised step."""
+    histogram_epsilon: float = 0.1
+    """Part of epsilon spent on label counts, for class weights after the clip; 0 for equal weights."""
+    microbatch_size: int = 16
+    """Records differentiated at a time; changes speed and memory only."""
+
+
+@dataclass(frozen=True)
+class AT:
+    """Adversarial training (Madry): PGD inside the loss."""
+
+    eps: float = 8 / 255
+    """Linf radius, images in [0, 1]."""
+    num_steps: int = 3
+    """PGD steps."""
+    relative_step: float = 0.5
+    """Length of a PGD step over the radius."""
+    clean_share: float = 0.0
+    """Weight of the clean image in each record's loss."""
+    warmup: float = 0.5
+    """Share of the rounds over which the radius grows linearly from 0."""
+
+
+@dataclass(frozen=True)
+class MC:
+    """Model compression: structured pruning during training, then int8 weights."""
+
+    sparsity: float = 0.5
+    """Share of the channels of every layer that is removed, in [0, 1)."""
+    begin: float = 0.1
+    """Pruning begins after this share of the rounds."""
+    end: float = 0.4
+    """Pruning is complete, and the model physically smaller, after this share."""
+    num_events: int = 4
+    """Times the masks are renewed in between (cubic schedule)."""
+
+
+@dataclass(frozen=True)
+class Poison:
+    """Dishonest clients at training time."""
+
+    malicious_share: float = 0.2
+    """Share of the clients."""
+    scale: float = 6.0
+    """They send minus this times their honest update."""
+    rule: Literal["coordinate_median", "trimmed_mean"] = "trimmed_mean"
+    """The robust rule that plain averaging is compared with; the trimmed mean trims the malicious share."""
+
+
+@dataclass(frozen=True)
+class Attack:
+    """Attacks at inference time."""
+
+    eps: tuple[float, ...] = (2 / 255, 4 / 255, 8 / 255)
+    """Linf radii."""
+    num_steps: int = 20
+    """PGD steps, each a quarter of the radius (FGSM is run beside it)."""
+    num_restarts: int = 1
+    """Random starts of PGD."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """One run of the study: all chosen combinations on one data set."""
+
+    experiment: str = "combinations"
+    """Name of the study."""
+    dataset: str = "digits"
+    """digits, a TFDS name such as pneumonia_mnist, mnist, cifar10, or a path to a MedMNIST .npz."""
+    data_dir: str | None = None
+    """Folder of prepared TFDS sets (default: TFDS_DATA_DIR, else ~/tensorflow_datasets)."""
+    out: str | None = None
+    """Folder for rows, tables and figures (default: results/NAME-DATASET-SCALE)."""
+    scale: Scale = "cpu"
+    """Preset of all sizes: smoke (seconds, tests), cpu (2 cores), paper (an accelerator)."""
+    seeds: tuple[int, ...] = (0,)
+    """Seeds; each trains all combinations."""
+    combinations: tuple[str, ...] = COMBINATIONS
+    """Which of plain, dp, at, mc, dp+at, ... to train."""
+    clients: int = 5
+    """Hospitals."""
+    partition: Literal["iid", "dirichlet", "shards", "quantity_skew"] = "iid"
+    """How training images are shared out."""
+    alpha: float = 1.0
+    """Concentration of the dirichlet and quantity_skew partitions."""
+    model: Literal["small_cnn", "resnet9", "resnet18"] = "resnet9"
+    """Architecture."""
+    builder: Literal["flax", "haiku"] = "flax"
+    """Library that builds it."""
+    width: int = 16
+    """Channels of its first convolution."""
+    client_map: Literal["auto", "loop", "scan", "vmap", "pmap", "shard_map"] = "auto"
+    """How clients are mapped over the machine; changes speed only."""
+    checkpoint_every: float = 30.0
+    """Seconds between checkpoints of a row in training."""
+    train: Training = field(default_factory=Training)
+    """Rounds without privacy."""
+    dp: DP = field(default_factory=DP)
+    """Differential privacy."""
+    at: AT = field(default_factory=AT)
+    """Adversarial training."""
+    mc: MC = field(default_factory=MC)
+    """Model compression."""
+    poison: Poison = field(default_factory=Poison)
+    """Dishonest clients."""
+    attack: Attack = field(default_factory=Attack)
+    """Attacks at inference time."""
+
+    def __post_init__(self) -> None:
+        """Checks every setting: one line per error, under the name it has on the command line."""
+        for name in ("combinations", "seeds"):
+            check.require(len(getattr(self, name)) > 0, f"--{name}", getattr(self, name), "at least one")
+        for combination in self.combinations:
+            check.one_of("--combinations", combination, COMBINATIONS)
+        for seed in self.seeds:
+            check.at_least("--seeds", seed, 0)
+        check.one_of("--partition", self.partition, PARTITIONS)
+        check.one_of("--model", self.model, SPECS)
+        check.one_of("--client-map", self.client_map, ("auto", *BACKENDS))
+        check.at_least("--clients", self.clients, 1)
+        check.at_least("--width", self.width, 1)
+        check.positive("--alpha", self.alpha)
+        check.non_negative("--checkpoint-every", self.checkpoint_every)
+        for group, names in _WHOLE.items():
+            for name in names:
+                check.at_least(_flag(group, name), getattr(getattr(self, group), name), 1)
+        for group, names in _POSITIVE.items():
+            for name in names:
+                check.positive(_flag(group, name), getattr(getattr(self, group), name))
+        check.fraction("--dp.delta", self.dp.delta, zero=False, one=False)
+        check.fraction("--dp.sampling-rate", self.dp.sampling_rate, zero=False)
+        check.fraction("--dp.momentum", self.dp.momentum, one=False)
+        check.require(
+            0 <= self.dp.histogram_epsilon < self.dp.epsilon,
+            "--dp.histogram-epsilon",
+            self.dp.histogram_epsilon,
+            f"in [0, --dp.epsilon = {self.dp.epsilon})",
+        )
+        for group in ("train", "dp"):
+            check.fraction(f"--{group}.average-decay", getattr(self, group).average_decay, one=False)
+        check.non_negative("--at.eps", self.at.eps)
+        check.fraction("--at.clean-share", self.at.clean_share)
+        check.fraction("--at.warmup", self.at.warmup)
+        check.fraction("--mc.sparsity", self.mc.sparsity, one=False)
+        check.require(
+            0 <= self.mc.begin < self.mc.end <= 1, "--mc.begin", self.mc.begin, f"in [0, --mc.end = {self.mc.end}) <= 1"
+        )
+        check.require(
+            0 <= self.poison.malicious_share < 0.5,
+            "--poison.malicious-share",
+            self.poison.malicious_share,
+            "in [0, 0.5)",
+        )
+        check.require(len(self.attack.eps) > 0, "--attack.eps", self.attack.eps, "at least one radius")
+        for eps in self.attack.eps:
+            check.positive("--attack.eps", eps)
+
+
+_WHOLE = {
+    "train": ("num_rounds", "num_steps", "batch_size"),
+    "dp": ("num_rounds", "microbatch_size"),
+    "at": ("num_steps",),
+    "mc": ("num_events",),
+    "attack": ("num_steps", "num_restarts"),
+}
+_POSITIVE = {
+    "train": ("learning_rate",),
+    "dp": ("epsilon", "clip_norm", "learning_rate"),
+    "at": ("relative_step",),
+    "poison": ("scale",),
+}
+
+
+def _flag(group: str, name: str) -> str:
+    return f"--{group}.{name.replace('_', '-')}"

@@ -1,0 +1,166 @@
+"""Training one model from its first round to its file, through kills."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.combinations import pruning
+from experiments.combinations.federation import RULES, Apply, Hospitals, Recipe, cohorts, federation
+from fedrobust import compression, evaluation, federated, keys
+from fedrobust.types import Model, Params
+
+HISTORY_POINTS = 20
+BATCH_SIZE = 256  # of every prediction
+
+Progress = Callable[[int, int, dict[str, float]], None]
+"""`(rounds done, rounds in all, figures)`, called after every round."""
+
+
+class Trained(NamedTuple):
+    """A trained model.
+
+    Attributes:
+        apply: the model's function; one object for all models of its shape, so that what is compiled for it is shared.
+        params: the parameters it was left with, float32.
+        channels: the full model's prunable units; None where nothing was pruned.
+        masks: what was pruned; None likewise.
+        shrink_difference: largest logit difference between masked and small model; None likewise.
+        history: [n, 3] float64: round, training loss, accuracy on val.
+        train_seconds: time spent in rounds, over all runs it took.
+    """
+
+    apply: Apply
+    params: Params
+    channels: compression.Channels | None
+    masks: Params | None
+    shrink_difference: float | None
+    history: np.ndarray
+    train_seconds: float
+
+
+class _Saved(NamedTuple):
+    """What a checkpoint holds."""
+
+    state: Any
+    history: np.ndarray  # [HISTORY_POINTS + 2, 3], NaN where not reached
+    seconds: np.ndarray  # []
+
+
+class Job(NamedTuple):
+    """One training to do.
+
+    Attributes:
+        recipe: how.
+        site: on what.
+        seed: of initialisation, batches, noise and attacks.
+        compress: whether to prune.
+        malicious: ids of dishonest clients.
+        rule: "mean" or "rule", which aggregator is in force.
+        folder: where its checkpoints go.
+    """
+
+    recipe: Recipe
+    site: Hospitals
+    seed: int
+    compress: bool
+    malicious: tuple[int, ...]
+    rule: str
+    folder: Path
+
+
+def train(job: Job, model: Model, progress: Progress) -> Trained:
+    """Trains a model, going on from its last checkpoint if there is one.
+
+    Args:
+        job: what to train.
+        model: the architecture; pass one object for all jobs of a study, so that they share compiled rounds.
+        progress: told of every round.
+
+    Returns:
+        The trained model. The same bits whether or not it was killed in between.
+    """
+    key = keys.stream(keys.root(job.seed), "train")
+    example = jnp.zeros((1, *job.site.splits.train.image.shape[1:]))
+    params = model.init(keys.stream(keys.root(job.seed), "init"), example)
+    algorithm = federation(job.recipe, model.apply)
+    state = _chosen(algorithm.init(params), job.rule)
+    history = np.full((HISTORY_POINTS + 2, 3), np.nan)
+    start = _Saved(state, history, np.zeros(()))
+    if not job.compress:
+        done = _run_stage(job, "dense", algorithm, model.apply, start, None, job.recipe.num_rounds, key, progress)
+        return _trained(model.apply, done, None, None, None)
+
+    image = job.site.splits.val.image[:BATCH_SIZE]
+    channels = pruning.channels(model, image.shape[1:])
+    prune, end = pruning.schedule(job.recipe.study.mc, channels, job.recipe.num_rounds)
+    dense = _run_stage(job, "dense", algorithm, model.apply, start, prune, end, key, progress)
+    apply, small_state, difference = pruning.shrink(model, channels, dense.state, image)
+    small = federation(job.recipe, apply)
+    start = dense._replace(state=small_state)
+    done = _run_stage(job, "small", small, apply, start, None, job.recipe.num_rounds, key, progress)
+    return _trained(apply, done, channels, dense.state.mask, difference)
+
+
+def _trained(
+    apply: Apply, done: _Saved, channels: compression.Channels | None, masks: Params | None, difference: float | None
+) -> Trained:
+    history = done.history[~np.isnan(done.history[:, 0])]
+    return Trained(apply, done.state.average, channels, masks, difference, history, float(done.seconds))
+
+
+def _chosen(state: federated.FederatedState, rule: str) -> federated.FederatedState:
+    aggregator = state.aggregator._replace(chosen=jnp.asarray(RULES.index(rule), jnp.int32))
+    return state._replace(aggregator=aggregator)
+
+
+def _run_stage(
+    job: Job,
+    name: str,
+    algorithm: Any,
+    apply: Apply,
+    start: _Saved,
+    prune: Callable[[federated.FederatedState, int], federated.FederatedState] | None,
+    num_rounds: int,
+    key: jax.Array,
+    progress: Progress,
+) -> _Saved:
+    """Rounds up to `num_rounds`, from the stage's last checkpoint if it has one."""
+    folder = job.folder / name
+    found = federated.latest(folder, start)
+    saved = start if found is None else found[1]
+    total = job.recipe.num_rounds
+    every = max(1, -(-total // HISTORY_POINTS))
+    draw = cohorts(job.recipe, job.site, job.seed, job.malicious)
+    began, last_saved = time.perf_counter(), time.perf_counter()
+    state, history = saved.state, saved.history.copy()
+    while int(state.round) < num_rounds:
+        _, state, info = next(federated.rounds(algorithm, state, draw, key, num_rounds))
+        done = int(state.round)
+        if prune is not None:
+            state = prune(state, done)
+        if done % every == 0 or done == total:
+            val = job.site.splits.val
+            logits = evaluation.predict(apply, state.average, val.image, BATCH_SIZE)
+            loss = _present_mean(info)
+            accuracy = evaluation.metrics(logits, val.label).accuracy
+            history[-(-done // every)] = (done, loss, accuracy)
+            progress(done, total, {"loss": loss, "val accuracy": accuracy})
+        else:
+            progress(done, total, {})
+        now = time.perf_counter()
+        if done == num_rounds or now - last_saved >= job.recipe.study.checkpoint_every:
+            seconds = np.asarray(saved.seconds + (now - began))
+            federated.save(folder, done, _Saved(state, history, seconds))
+            last_saved = now
+    seconds = np.asarray(saved.seconds + (time.perf_counter() - began))
+    return _Saved(state, history, seconds)
+
+
+def _present_mean(info: federated.RoundInfo) -> float:
+    """Mean training loss over the clients of a round, at their last step."""
+    return float(jnp.sum(jnp.asarray(info.client.loss)[:, -1]) / jnp.maximum(info.num_present, 1))

@@ -1,0 +1,95 @@
+"""Runs a study: `python -m experiments.run NAME [settings]`.
+
+python -m experiments.run quickstart
+python -m experiments.run combinations --dataset pneumonia_mnist --scale cpu --seeds 0 1 2
+python -m experiments.run combinations --help
+"""
+
+import contextlib
+import io
+import sys
+from collections.abc import Sequence
+
+import tyro
+from rich.console import Console
+
+from experiments.combinations.presets import preset
+from experiments.combinations.settings import Scale, Study
+
+NAMES = ("quickstart", "combinations")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs one command.
+
+    Args:
+        arguments: what stands behind `python -m experiments.run`.
+
+    Returns:
+        The exit status: 0, or 2 after a one-line error on standard error.
+    """
+    try:
+        study = parse(arguments)
+        from experiments.combinations.study import run  # imports JAX: help and bad settings answer without it
+
+        run(study, Console())
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def parse(arguments: Sequence[str]) -> Study:
+    """The study that a command line asks for.
+
+    Raises:
+        ValueError: unknown study or setting, or a value that is not allowed.
+        SystemExit: for --help.
+    """
+    name, *rest = arguments or ("--help",)
+    if name in ("-h", "--help"):
+        print(__doc__)
+        raise SystemExit(0)
+    if name not in NAMES:
+        raise ValueError(f"study is {name!r}: must be one of {', '.join(NAMES)}")
+    default = preset(name, _peek(rest, "--dataset", "digits"), _scale(_peek(rest, "--scale", "cpu")))
+    wants_help = "-h" in rest or "--help" in rest
+    captured = io.StringIO()
+    try:
+        with contextlib.nullcontext() if wants_help else contextlib.redirect_stderr(captured):
+            study, unknown = tyro.cli(
+                Study, default=default, args=rest, prog=f"python -m experiments.run {name}", return_unknown_args=True
+            )
+    except SystemExit as stop:
+        if wants_help:
+            raise
+        raise ValueError(_one_line(captured.getvalue())) from stop
+    if unknown:
+        raise ValueError(f"{unknown[0]}: no such setting; `python -m experiments.run {name} --help` lists all")
+    return study
+
+
+def _peek(arguments: Sequence[str], flag: str, default: str) -> str:
+    """The value of a flag that decides the preset, before the rest is parsed."""
+    for position, argument in enumerate(arguments):
+        if argument == flag and position + 1 < len(arguments):
+            return arguments[position + 1]
+        if argument.startswith(f"{flag}="):
+            return argument.partition("=")[2]
+    return default
+
+
+def _scale(value: str) -> Scale:
+    if value not in ("smoke", "cpu", "paper"):
+        raise ValueError(f"--scale is {value!r}: must be one of smoke, cpu, paper")
+    return value  # type: ignore[return-value]
+
+
+def _one_line(message: str) -> str:
+    """What tyro printed in a box, as one line."""
+    words = "".join(" " if c in "╭╮╰╯│─" else c for c in message).split()
+    return " ".join(words)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,209 @@
+"""A model in a file: safetensors, with what is needed to run it and the guarantee it was trained under.
+
+Matrices and kernels are named tensors, readable by any safetensors tool. All vectors lie end to end in one tensor, all
+scales in another: a header entry takes about 75 bytes, more than a short vector in 16 bits.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load as parse
+from safetensors.numpy import save as serialize
+
+from fedrobust import check
+from fedrobust.compression.pruning import Channels, find_channels, kept_units, shrink_apply, slice_shapes
+from fedrobust.compression.quantization import Quantized, dequantize, is_weight
+from fedrobust.types import Params
+
+VERSION = "1"
+_VECTORS, _SCALES = ":vectors", ":scales"
+
+
+def save(
+    path: str | os.PathLike[str],
+    params: Params | Quantized,
+    *,
+    channels: Channels | None = None,
+    masks: Params | None = None,
+    guarantee: Mapping[str, Any],
+) -> int:
+    """Writes a model, whole or not at all.
+
+    Args:
+        path: the file; its folder must exist. An older file of that name is replaced.
+        params: the parameters to run with, as float32 or as `quantize` returned them: of the full model, or of the
+            shrunk one if `channels` and `masks` say how it was shrunk.
+        channels: the full model's units, if it was shrunk.
+        masks: the masks it was shrunk with.
+        guarantee: what the training guarantees (epsilon, delta, unit, radius...), as JSON types; {} where nothing.
+
+    Returns:
+        The size of the file in bytes.
+
+    Raises:
+        ValueError: parameters that are not finite or do not belong to `channels` and `masks`, one of those without the
+            other, or a guarantee that is not JSON.
+    """
+    check.require((channels is None) == (masks is None), "channels and masks", "one of the two", "given together")
+    values, scales = params if isinstance(params, Quantized) else (params, None)
+    keep = "" if channels is None else np.packbits(kept_units(channels, masks)).tobytes().hex()
+    if channels is not None:
+        expected = slice_shapes(channels, kept_units(channels, masks))
+        shapes = [x.shape for x in jax.tree.leaves(values)]
+        check.require(shapes == expected, "params shapes", shapes, f"{expected}, as channels and masks say")
+    metadata = {
+        "fedrobust": VERSION,
+        "channels": "" if channels is None else fingerprint(channels),
+        "kept": keep,
+        "guarantee": json.dumps(dict(guarantee), allow_nan=False, separators=(",", ":")),
+    }
+    tensors = _pack(values, scales)
+    for name, tensor in tensors.items():
+        check.require(bool(np.isfinite(tensor).all()), f"params {name}", "not finite", "finite")
+    data = serialize(tensors, {**metadata, "digest": _digest(tensors, metadata)})
+    _write(Path(path), data)
+    return len(data)
+
+
+def load(
+    path: str | os.PathLike[str], apply: Callable[[Params, jax.Array], jax.Array], params: Params, image: Any
+) -> tuple[Params, Callable[[Params, jax.Array], jax.Array]]:
+    """A model that runs from a file.
+
+    Args:
+        path: a file that `save` wrote.
+        apply: the full model, `(params, image[B,H,W,C]) -> logits[B,L]`.
+        params: the full model's parameters or their shapes, such as `jax.eval_shape(model.init, key, image)`.
+        image: an example [1,H,W,C] or its `jax.ShapeDtypeStruct`.
+
+    Returns:
+        `(small params, small apply)`: float32 parameters, bit-equal to what was saved (dequantized), and the function
+        that runs on them.
+
+    Raises:
+        ValueError: one line naming the file, if it is damaged, truncated, not such a file, or of another model.
+        OSError: if it cannot be read at all.
+    """
+    tensors, metadata = _read(Path(path))
+    shapes = [x.shape for x in jax.tree.leaves(params)]
+    if metadata["channels"]:
+        channels = find_channels(apply, params, image)
+        _require(path, metadata["channels"] == fingerprint(channels), "holds a model with other channels")
+        bits = np.unpackbits(np.frombuffer(bytes.fromhex(metadata["kept"]), np.uint8))
+        keep = bits[: len(channels.group)].astype(bool)
+        apply, shapes = shrink_apply(apply, channels, params, keep), slice_shapes(channels, keep)
+    names = _names(params)
+    found = {name: tensor.shape for name, tensor in tensors.items() if name not in (_VECTORS, _SCALES)}
+    expected = {name: shape for name, shape in zip(names, shapes, strict=True) if len(shape) >= 2}
+    _require(path, found == expected, "holds a model with other parameters")
+    num_scalars = sum(int(np.prod(shape)) for shape in shapes if len(shape) < 2)
+    _require(path, tensors[_VECTORS].shape == (num_scalars,), "holds a model with other parameters")
+    return _unpack(tensors, params, names, shapes), apply
+
+
+def guarantee(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What the training of the model in a file guarantees, as it was saved.
+
+    Args:
+        path: a file that `save` wrote.
+
+    Returns:
+        The dict given to `save`.
+
+    Raises:
+        ValueError: one line naming the file, if it is damaged, truncated or not such a file.
+    """
+    return json.loads(_read(Path(path))[1]["guarantee"])
+
+
+def fingerprint(channels: Channels) -> str:
+    """32 bits, as hexadecimal, that tell the units of one model from another's."""
+    digest = hashlib.sha256(repr(channels.shapes).encode())
+    for axes in channels.unit:
+        for axis in axes:
+            digest.update(np.asarray(axis, "<i8").tobytes())
+    return digest.hexdigest()[:8]
+
+
+def _names(tree: Params) -> list[str]:
+    paths, _ = jax.tree_util.tree_flatten_with_path(tree)
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths]
+    check.require(len({*names, _VECTORS, _SCALES}) == len(names) + 2, "params names", names, "all different")
+    return names
+
+
+def _pack(values: Params, scales: Params | None) -> dict[str, np.ndarray]:
+    leaves = [np.asarray(x) for x in jax.tree.leaves(values)]
+    kind = np.float32 if scales is None else np.float16
+    tensors = {_VECTORS: np.concatenate([np.zeros(0, kind), *(x.ravel().astype(kind) for x in leaves if x.ndim < 2)])}
+    for name, x in zip(_names(values), leaves, strict=True):
+        if is_weight(x):
+            tensors[name] = np.ascontiguousarray(x if scales is not None else x.astype(np.float32))
+    if scales is not None:
+        weights = zip(leaves, jax.tree.leaves(scales), strict=True)
+        tensors[_SCALES] = np.concatenate([np.zeros(0, kind), *(np.asarray(s) for x, s in weights if is_weight(x))])
+    return tensors
+
+
+def _unpack(tensors: dict[str, np.ndarray], params: Params, names: list[str], shapes: list[tuple[int, ...]]) -> Params:
+    vectors, scales = tensors[_VECTORS], tensors.get(_SCALES)
+    values, steps = [], []
+    for name, shape in zip(names, shapes, strict=True):
+        step = np.ones((), np.float16)
+        if len(shape) >= 2:
+            values.append(jnp.asarray(tensors[name]))
+            if scales is not None:
+                step, scales = scales[: shape[-1]], scales[shape[-1] :]
+        else:
+            size = int(np.prod(shape))
+            values.append(jnp.asarray(vectors[:size].reshape(shape)))
+            vectors = vectors[size:]
+        steps.append(jnp.asarray(step))
+    treedef = jax.tree.structure(params)
+    return jax.jit(dequantize)(Quantized(treedef.unflatten(values), treedef.unflatten(steps)))
+
+
+def _digest(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> str:
+    digest = hashlib.sha256(json.dumps(dict(metadata), sort_keys=True).encode())
+    for name in sorted(tensors):
+        digest.update(f"{name} {tensors[name].dtype} {tensors[name].shape}".encode())
+        digest.update(tensors[name].tobytes())
+    return digest.hexdigest()[:32]
+
+
+def _write(path: Path, data: bytes) -> None:
+    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    data = path.read_bytes()
+    try:
+        tensors = parse(data)
+        metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+        digest, version = metadata.pop("digest"), metadata["fedrobust"]
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: damaged, or not a model file of this library") from error
+    _require(path, version == VERSION, f"has format {version!r}, this library reads {VERSION!r}")
+    _require(path, digest == _digest(tensors, metadata), "is damaged: its contents do not match its digest")
+    return tensors, metadata
+
+
+def _require(path: str | os.PathLike[str], condition: bool, problem: str) -> None:
+    if not condition:
+        raise ValueError(f"{os.fspath(path)}: {problem}")

@@ -1,0 +1,250 @@
+"""Structured pruning of any pure model: whole coupled channels are masked, then physically removed.
+
+A unit is what has to go together: one channel of a convolution with its norm scale, its bias, the next layer's input
+channel, every layer that adds to the same residual stream, all rows of a dense layer behind a flatten; with GroupNorm a
+whole norm group, because zeroing part of a group and removing it are not the same function. Units are read from the
+model's own equations (`fedrobust.trace`), so nothing has to be annotated.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedrobust import check, trace, trees
+from fedrobust.types import Params
+
+Apply = Callable[[Params, jax.Array], jax.Array]
+
+
+class Channels(NamedTuple):
+    """What can be removed from a model.
+
+    Attributes:
+        unit: for each parameter leaf and each of its axes, [n] int: the unit of each index, -1 where it has to stay.
+        group: [U] int, the group of each unit. Units of one group touch the same axes of the same leaves (the channels
+            of one layer or one residual stream) and are ranked against each other.
+        shapes: the shape of each leaf.
+        structure: of the pytree of parameters.
+        unknown: names of the operations that are not understood and keep all they touch from being pruned.
+    """
+
+    unit: tuple[tuple[np.ndarray, ...], ...]
+    group: np.ndarray
+    shapes: tuple[tuple[int, ...], ...]
+    structure: jax.tree_util.PyTreeDef
+    unknown: tuple[str, ...]
+
+
+def find_channels(apply: Apply, params: Params, image: Any) -> Channels:
+    """Reads the prunable units from a model.
+
+    Args:
+        apply: `(params, image[B,H,W,C]) -> logits[B,L]`, any pure function. Flax, Haiku and plain functions all fit.
+        params: a pytree of arrays or `jax.ShapeDtypeStruct`; values do not matter.
+        image: an example [1,H,W,C] or its `jax.ShapeDtypeStruct`; values do not matter.
+
+    Returns:
+        The units, numbered in the order in which the leaves show them.
+
+    Guarantees:
+        Image channels and logits stay. Masking a unit and removing it give the same logits up to rounding.
+    """
+    coupling = trace.couple(apply, params, image)
+    leaves = coupling.leaf_axes()
+    flat = np.concatenate([np.zeros(0, int), *(axis for leaf in leaves for axis in leaf)])
+    components = np.unique(flat[flat > 0])
+    unit = tuple(tuple(np.where(axis > 0, np.searchsorted(components, axis), -1) for axis in leaf) for leaf in leaves)
+    touches: list[list[tuple[int, int]]] = [[] for _ in components]
+    for i, leaf in enumerate(unit):
+        for j, axis in enumerate(leaf):
+            for u in np.unique(axis[axis >= 0]):
+                touches[u].append((i, j))
+    groups = {place: number for number, place in enumerate(dict.fromkeys(map(tuple, touches)))}
+    group = np.array([groups[tuple(place)] for place in touches], int)
+    shapes = tuple(x.shape for x in jax.tree.leaves(params))
+    return Channels(unit, group, shapes, jax.tree.structure(params), coupling.unknown)
+
+
+def masks(channels: Channels, params: Params, *, sparsity: float, score: str = "l2") -> Params:
+    """Masks that remove the same share of the lowest-scoring units from every group.
+
+    A unit's score is the norm of all parameters that go with it. Of a group of n units, floor(sparsity * n) go, so at
+    least one stays.
+
+    Args:
+        channels: the model's units.
+        params: the parameters to score, concrete float arrays.
+        sparsity: in [0, 1), the share of units to remove.
+        score: "l2" or "l1".
+
+    Returns:
+        A pytree like `params` of float32 zeros and ones; `fedrobust.trees.multiply(params, masks)` is the masked model.
+
+    Raises:
+        ValueError: sparsity outside [0, 1), unknown score, or parameters of other shapes.
+
+    Source: Li et al., Pruning Filters for Efficient ConvNets, 2017, https://arxiv.org/abs/1608.08710, section 3.1 (L1),
+        and Fang et al., DepGraph, 2023, https://arxiv.org/abs/2301.12900, section 3.3 (one norm over all coupled
+        parameters). Here every layer loses the same share.
+    """
+    check.fraction("sparsity", sparsity, one=False)
+    check.one_of("score", score, ("l1", "l2"))
+    _require_like_params("params", params, channels)
+    scores = _scores(channels, params, power=1 if score == "l1" else 2)
+    keep = np.ones(len(channels.group), bool)
+    for number in np.unique(channels.group):
+        members = np.flatnonzero(channels.group == number)
+        # The small term undoes roundings such as 0.29 * 100 = 28.999...
+        num_removed = min(math.floor(sparsity * len(members) + 1e-9), len(members) - 1)
+        keep[members[np.argsort(scores[members], kind="stable")[:num_removed]]] = False
+    return masks_from_units(channels, keep)
+
+
+def masks_from_units(channels: Channels, keep: Any) -> Params:
+    """Masks from a choice of units.
+
+    Args:
+        channels: the model's units.
+        keep: [U] bool, which units stay.
+
+    Returns:
+        A pytree like `params` of float32 zeros and ones.
+    """
+    keep = np.append(np.asarray(keep, np.float32), np.float32(1))  # index -1 always stays
+    leaves = []
+    for axes, shape in zip(channels.unit, channels.shapes, strict=True):
+        mask = np.ones(shape, np.float32)
+        for i, axis in enumerate(axes):
+            mask *= keep[axis].reshape([-1 if j == i else 1 for j in range(len(shape))])
+        leaves.append(jnp.asarray(mask))
+    return channels.structure.unflatten(leaves)
+
+
+def kept_units(channels: Channels, masks: Params) -> np.ndarray:
+    """Which units masks leave standing: a unit is removed where the masks zero all of its parameters.
+
+    Args:
+        channels: the model's units.
+        masks: a pytree of zeros and ones like the parameters, concrete.
+
+    Returns:
+        [U] bool.
+
+    Raises:
+        ValueError: masks of other shapes, or masks that remove every unit of some group.
+    """
+    _require_like_params("masks", masks, channels)
+    keep = np.zeros(len(channels.group), bool)
+    for leaf, axes in zip(jax.tree.leaves(masks), channels.unit, strict=True):
+        present = np.asarray(leaf) != 0
+        for i, axis in enumerate(axes):
+            alive = present.any(axis=tuple(j for j in range(present.ndim) if j != i))
+            keep[axis[alive & (axis >= 0)]] = True
+    empty = np.setdiff1d(channels.group, channels.group[keep])
+    check.require(not len(empty), "masks", f"without any unit of groups {empty.tolist()}", "one unit or more per group")
+    return keep
+
+
+def slice_tree(channels: Channels, masks: Params, tree: Params) -> Params:
+    """Cuts the removed units out of any tree of the parameters' structure, such as an optimizer's momentum.
+
+    Args:
+        channels: the model's units.
+        masks: what `masks` returned.
+        tree: a pytree of concrete arrays with the parameters' structure and shapes.
+
+    Returns:
+        The same tree with smaller leaves.
+    """
+    _require_like_params("tree", tree, channels)
+    keep = _keep(channels, kept_units(channels, masks))
+    # On the host: cut by XLA, every new shape would cost a compilation.
+    leaves = [np.asarray(x)[np.ix_(*axes)] for x, axes in zip(jax.tree.leaves(tree), keep, strict=True)]
+    return channels.structure.unflatten([jnp.asarray(x) for x in leaves])
+
+
+def shrink(apply: Apply, channels: Channels, params: Params, masks: Params) -> tuple[Params, Apply]:
+    """A physically smaller model that computes what the masked one does.
+
+    Args:
+        apply: the model that `channels` was read from.
+        channels: its units.
+        params: its parameters.
+        masks: what `masks` returned. Units that are masked only in part stay, with zeros in them.
+
+    Returns:
+        `(small_params, small_apply)`. `small_apply` is a pure function like `apply`: it composes with `jit`, `grad`,
+        `vmap` and `find_channels`, at any batch size.
+
+    Raises:
+        ValueError: masks of another structure, or masks that remove every unit of some group.
+    """
+    _require_like_params("params", params, channels)
+    _require_like_params("masks", masks, channels)
+    masked = jax.tree.map(lambda x, m: np.asarray(x) * np.asarray(m, x.dtype), params, masks)
+    small_params = slice_tree(channels, masks, masked)
+    return small_params, shrink_apply(apply, channels, params, kept_units(channels, masks))
+
+
+def shrink_apply(apply: Apply, channels: Channels, params: Params, keep: np.ndarray) -> Apply:
+    """The model for parameters of which only the units in `keep` are left.
+
+    Args:
+        apply: the full model.
+        channels: its units.
+        params: its full parameters, or their shapes.
+        keep: [U] bool, which units stay.
+
+    Returns:
+        `(small params, image[B,H,W,C]) -> logits[B,L]`.
+    """
+    return trace.resize(apply, params, _keep(channels, keep))
+
+
+def slice_shapes(channels: Channels, keep: np.ndarray) -> list[tuple[int, ...]]:
+    """The shapes of the parameters of which only the units in `keep` ([U] bool) are left, leaf by leaf."""
+    return [tuple(int(axis.sum()) for axis in axes) for axes in _keep(channels, keep)]
+
+
+def max_difference(apply: Apply, channels: Channels, params: Params, masks: Params, image: jax.Array) -> float:
+    """The largest difference between the logits of the masked and of the shrunk model.
+
+    Args:
+        apply: the full model.
+        channels: its units.
+        params: its parameters.
+        masks: the masks to compare under.
+        image: [B,H,W,C].
+
+    Returns:
+        max |masked - shrunk|, a float; NaN where either is.
+    """
+    small_params, small_apply = shrink(apply, channels, params, masks)
+    masked = jax.jit(apply)(trees.multiply(params, masks), image)
+    return float(jnp.max(jnp.abs(masked - jax.jit(small_apply)(small_params, image))))
+
+
+def _scores(channels: Channels, params: Params, power: int) -> np.ndarray:
+    """[U] float64, the sum of |w|^power over all parameters of each unit; those of two units count for both."""
+    scores = np.zeros(len(channels.group))
+    for leaf, axes in zip(jax.tree.leaves(params), channels.unit, strict=True):
+        size = np.abs(np.asarray(leaf, np.float64)) ** power
+        for i, axis in enumerate(axes):
+            total = size.sum(axis=tuple(j for j in range(size.ndim) if j != i))
+            np.add.at(scores, axis[axis >= 0], total[axis >= 0])
+    return scores
+
+
+def _keep(channels: Channels, keep: np.ndarray) -> list[list[np.ndarray]]:
+    lookup = np.append(keep, True)
+    return [[lookup[axis] for axis in axes] for axes in channels.unit]
+
+
+def _require_like_params(name: str, tree: Params, channels: Channels) -> None:
+    leaves, structure = jax.tree.flatten(tree)
+    fits = structure == channels.structure and tuple(x.shape for x in leaves) == channels.shapes
+    check.require(fits, name, f"a tree of {len(leaves)} leaves", "of the full parameters' structure and shapes")

@@ -1,0 +1,146 @@
+"""Rows: one trained model, one line of JSON, never lost and never half there."""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedrobust import check
+
+Row = dict[str, Any]
+"""One trained model, in plain JSON values. A field that does not apply is None; none is left out.
+
+- `experiment`: str; `seed`: int; `config`: dict; `config_hash`: `config_hash(config)`
+- `combination`: `dp`, `at`, `mc`: bool
+- `clean`: `accuracy`, `balanced_accuracy`, `auc` (or None), `degenerate`
+- `robust`: by name such as `pgd20_linf_0.031`: `accuracy`, `balanced_accuracy`, `degenerate`, `norm`, `eps`, `steps`,
+  `restarts`
+- `poisoned`: None, or `attack`, `malicious_share`, then `mean` and one robust rule by its name, each with `accuracy`
+  and `balanced_accuracy`
+- `size`: `parameters`, `bytes`, `flops`, `latency_ms`, and each `_ratio`: this model over the dense float32 one
+- `privacy`: None, or at least `epsilon`, `delta`, `unit`, `relation`, `sampling`
+- `history`: `round`, `loss`, `val_accuracy`: lists of one length
+- `train_seconds`: float; `versions`: dict; `device`: str
+"""
+
+FIELDS: Mapping[str, tuple[str, ...]] = {
+    "experiment": (),
+    "combination": ("dp", "at", "mc"),
+    "seed": (),
+    "config": (),
+    "config_hash": (),
+    "clean": ("accuracy", "balanced_accuracy", "auc", "degenerate"),
+    "robust": (),
+    "poisoned": ("attack", "malicious_share", "mean"),
+    "size": tuple(
+        name + suffix for name in ("parameters", "bytes", "flops", "latency_ms") for suffix in ("", "_ratio")
+    ),
+    "privacy": ("epsilon", "delta", "unit", "relation", "sampling"),
+    "history": ("round", "loss", "val_accuracy"),
+    "train_seconds": (),
+    "versions": (),
+    "device": (),
+}
+ROBUST_FIELDS = ("accuracy", "balanced_accuracy", "degenerate", "norm", "eps", "steps", "restarts")
+NULLABLE = ("poisoned", "privacy")
+
+
+def config_hash(config: Mapping[str, Any]) -> str:
+    """Twelve hexadecimal digits that name a configuration, equal on every machine and for every order of its keys.
+
+    Args:
+        config: JSON values; NumPy numbers, tuples and paths are taken as numbers, lists and strings.
+
+    Raises:
+        TypeError: a value that is none of these.
+
+    >>> config_hash({"a": 1, "b": (2, 3)}) == config_hash({"b": [2, 3], "a": 1})
+    True
+    """
+    text = json.dumps(_plain(config), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def validate(row: Mapping[str, Any]) -> None:
+    """Checks that a row has every field of `Row`, None where one does not apply.
+
+    Raises:
+        ValueError: one line that names all fields that are missing.
+    """
+    missing = []
+    for name, inner in FIELDS.items():
+        value = row.get(name)
+        if value is None:
+            if name not in row or name not in NULLABLE:
+                missing.append(name)
+        else:
+            missing += [f"{name}.{field}" for field in inner if field not in value]
+    for name, entry in (row.get("robust") or {}).items():
+        missing += [f"robust.{name}.{field}" for field in ROBUST_FIELDS if field not in entry]
+    if missing:
+        raise ValueError(f"row lacks {', '.join(missing)}")
+    lengths = {name: len(row["history"][name]) for name in FIELDS["history"]}
+    check.require(len(set(lengths.values())) == 1, "history", lengths, "lists of one length")
+
+
+def append(path: Path | str, row: Mapping[str, Any]) -> None:
+    """Adds a row to a file so that it survives the process being killed at any moment after the call returns.
+
+    A line torn by an earlier kill is removed first. One writer at a time.
+
+    Args:
+        path: the file; it and its folder are made where missing.
+        row: a `Row`; NumPy values become plain ones, numbers that are not finite become None.
+
+    Raises:
+        ValueError: a field is missing; nothing is written.
+    """
+    validate(row)
+    line = json.dumps(_plain(row), allow_nan=False) + "\n"
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+b") as file:
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+        file.write(line.encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read(path: Path | str) -> list[Row]:
+    """All complete rows of a file, in the order they were added; none where there is no file.
+
+    Raises:
+        ValueError: a complete line that is not JSON, by its number.
+    """
+    path = Path(path)
+    if not path.exists():
+        return []
+    rows = []
+    complete, _, _ = path.read_bytes().rpartition(b"\n")  # what follows the last line end was torn by a kill
+    for number, line in enumerate(complete.splitlines(), start=1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"line {number} of {path} is not JSON: {error}") from None
+    return rows
+
+
+def _plain(value: Any) -> Any:
+    """The same value in what JSON knows."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, np.ndarray | np.generic):
+        return _plain(value.tolist())
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,93 @@
+"""What tables and figures both need: rows by combination, names of combinations, radii, spread over seeds."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fedrobust.reporting.rows import Row
+
+
+class Combination(NamedTuple):
+    """Whether differential privacy (DP), adversarial training (AT), model compression (MC) took part."""
+
+    dp: bool
+    at: bool
+    mc: bool
+
+    @property
+    def name(self) -> str:
+        """As in "DP + AT"; "plain" for none."""
+        return " + ".join(name.upper() for name, on in self._asdict().items() if on) or "plain"
+
+
+class Spread(NamedTuple):
+    """A figure over seeds: mean, sample standard deviation (None for one seed)."""
+
+    mean: float
+    std: float | None
+
+
+def by_combination(rows: Iterable[Row]) -> dict[Combination, list[Row]]:
+    """Rows grouped by combination, in the order plain, MC, AT, AT + MC, DP, ..."""
+    groups: dict[Combination, list[Row]] = {}
+    for row in rows:
+        combination = row["combination"]
+        groups.setdefault(Combination(combination["dp"], combination["at"], combination["mc"]), []).append(row)
+    return dict(sorted(groups.items()))
+
+
+def spread(rows: Sequence[Row], figure: Callable[[Row], float | None]) -> Spread | None:
+    """A figure's mean and spread over the rows that have it; None where none has."""
+    values = [value for value in map(figure, rows) if value is not None]
+    if not values:
+        return None
+    return Spread(float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None)
+
+
+def radii(rows: Iterable[Row]) -> list[tuple[str, float]]:
+    """Every (norm, eps) attacked in any row, by norm ("linf" first), then radius."""
+    found = {(entry["norm"], entry["eps"]) for row in rows for entry in row["robust"].values()}
+    return sorted(found, key=lambda case: (case[0] != "linf", case))
+
+
+def robust_entry(row: Row, norm: str, eps: float) -> Mapping[str, Any] | None:
+    """The lowest accuracy of a row under any attack of one norm and radius: the worst case where it was taken."""
+    entries = [entry for entry in row["robust"].values() if (entry["norm"], entry["eps"]) == (norm, eps)]
+    return min(entries, key=lambda entry: entry["accuracy"], default=None)
+
+
+def radius_text(norm: str, eps: float) -> str:
+    """A radius as the field writes it: "8/255" where it is one (Linf), else two significant digits."""
+    levels = eps * 255
+    if norm == "linf" and levels >= 1 and abs(levels - round(levels)) < 1e-4:
+        return f"{round(levels)}/255"
+    return f"{eps:.2g}"
+
+
+def norm_text(norm: str) -> str:
+    """A norm as the field writes it."""
+    return {"linf": "L∞", "l2": "L2"}.get(norm, norm)
+
+
+def robust_rule(row: Row) -> str | None:
+    """The name of the robust rule a row was poisoned under."""
+    names = [name for name in row["poisoned"] or {} if name not in ("attack", "malicious_share", "mean")]
+    return names[0] if names else None
+
+
+def ratio_text(ratio: float) -> str:
+    """A size over the dense one, as in "1/8.3"; 1 for no change.
+
+    >>> ratio_text(0.12)
+    '1/8.3'
+    """
+    if ratio >= 0.995:
+        return f"{ratio:.3g}"
+    smaller = 1 / ratio
+    return f"1/{smaller:.0f}" if smaller >= 10 else f"1/{smaller:.1f}"
+
+
+def is_degenerate(row: Row) -> bool:
+    """Whether the model predicts one class for every clean image."""
+    return bool(row["clean"]["degenerate"])

@@ -1,0 +1,145 @@
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from fedrobust import models, trees
+from fedrobust.compression import dequantize, find_channels, guarantee, load, masks, quantize, save, shrink
+
+IMAGE = jax.random.uniform(jax.random.key(7), (3, 8, 8, 1))
+PROMISE = {"epsilon": 8.0, "delta": 1e-4, "unit": "record"}
+
+
+class Case:
+    def __init__(self, name="small_cnn", **options):
+        model = models.build(name, image_shape=(8, 8, 1), num_classes=2, **options)
+        self.apply = model.apply
+        self.params = jax.jit(model.init)(jax.random.key(0), IMAGE)
+        self.channels = find_channels(self.apply, self.params, IMAGE[:1])
+        self.masks = masks(self.channels, self.params, sparsity=0.5)
+        self.small, self.small_apply = shrink(self.apply, self.channels, self.params, self.masks)
+        self.quantized = quantize(self.small)
+
+    def save(self, path):
+        return save(path, self.quantized, channels=self.channels, masks=self.masks, guarantee=PROMISE)
+
+
+@pytest.fixture(scope="module")
+def case():
+    return Case(width=8)
+
+
+def test_the_model_from_the_file_is_bit_equal_to_the_quantized_one(case, tmp_path):
+    path = tmp_path / "model.safetensors"
+    size = case.save(path)
+    assert size == path.stat().st_size
+    shapes = jax.eval_shape(lambda p: p, case.params)
+    params, apply = load(path, case.apply, shapes, jax.ShapeDtypeStruct((1, 8, 8, 1), jnp.float32))
+    jax.tree.map(np.testing.assert_array_equal, params, dequantize(case.quantized))
+    np.testing.assert_array_equal(apply(params, IMAGE), case.small_apply(dequantize(case.quantized), IMAGE))
+    assert guarantee(path) == PROMISE
+
+
+def test_the_dense_model_comes_back_bit_equal(case, tmp_path):
+    path = tmp_path / "dense.safetensors"
+    size = save(path, case.params, guarantee={})
+    params, apply = load(path, case.apply, case.params, IMAGE[:1])
+    jax.tree.map(np.testing.assert_array_equal, params, case.params)
+    assert apply is case.apply
+    assert 4 * trees.size(case.params) < size < 4 * trees.size(case.params) + 2000
+    assert guarantee(path) == {}
+
+
+def test_a_pruned_float_model_and_a_quantized_full_model_come_back(case, tmp_path):
+    path = tmp_path / "model.safetensors"
+    save(path, case.small, channels=case.channels, masks=case.masks, guarantee={})
+    params, apply = load(path, case.apply, case.params, IMAGE[:1])
+    np.testing.assert_array_equal(apply(params, IMAGE), case.small_apply(case.small, IMAGE))
+    save(path, quantize(case.params), guarantee={})
+    params, _ = load(path, case.apply, case.params, IMAGE[:1])
+    jax.tree.map(np.testing.assert_array_equal, params, dequantize(quantize(case.params)))
+
+
+@pytest.mark.parametrize(("name", "options"), [("small_cnn", {"width": 24}), ("resnet9", {"width": 8, "scale_norm": True})])
+def test_half_the_channels_in_eight_bits_take_a_twelfth_of_the_bytes(name, options, tmp_path):
+    case = Case(name, **options)
+    assert 30_000 < trees.size(case.params) < 45_000
+    dense = save(tmp_path / "dense", case.params, guarantee={})
+    assert dense / case.save(tmp_path / "small") >= 12
+
+
+def test_any_safetensors_tool_can_open_the_file(case, tmp_path):
+    path = tmp_path / "model.safetensors"
+    case.save(path)
+    with safe_open(path, "np") as file:
+        assert json.loads(file.metadata()["guarantee"]) == PROMISE
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    weights = [x for x in jax.tree.leaves(case.quantized.value) if x.ndim >= 2]
+    assert sorted(x.shape for x in tensors.values() if x.dtype == np.int8) == sorted(x.shape for x in weights)
+
+
+def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(case, tmp_path, monkeypatch):
+    path = tmp_path / "model.safetensors"
+    case.save(path)
+    before = path.read_bytes()
+
+    def fail(descriptor):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save(path, case.params, guarantee={})
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_every_flipped_byte_and_every_cut_is_refused_in_one_line(case, tmp_path):
+    path = tmp_path / "model.safetensors"
+    case.save(path)
+    whole = path.read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    rng = np.random.default_rng(0)
+    places = {0, 5, 8, 20, header - 1, header, len(whole) - 1, *rng.integers(0, len(whole), 60).tolist()}
+    damaged = [whole[:i] + bytes([whole[i] ^ 0x15]) + whole[i + 1 :] for i in sorted(places)]
+    damaged += [whole[:n] for n in (0, 7, 100, header, len(whole) - 1)] + [whole + b"x"]
+    for data in damaged:
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match=r"^[^\n]*model\.safetensors: [^\n]*$"):
+            load(path, case.apply, case.params, IMAGE[:1])
+
+
+def test_foreign_files_and_other_models_are_refused_in_one_line(case, tmp_path):
+    path = tmp_path / "foreign"
+    for content in (b"hello", b"\x02\0\0\0\0\0\0\0{}", json.dumps({"a": 1}).encode()):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"^.*foreign: damaged, or not a model file of this library$"):
+            guarantee(path)
+    save_file({"w": np.ones(3)}, path)
+    with pytest.raises(ValueError, match="not a model file"):
+        load(path, case.apply, case.params, IMAGE[:1])
+    other = Case(width=16)
+    for write in (case.save, lambda p: save(p, case.params, guarantee={})):
+        write(path)
+        with pytest.raises(ValueError, match=r"foreign: holds a model with other (channels|parameters)$"):
+            load(path, other.apply, other.params, IMAGE[:1])
+    with pytest.raises(OSError):
+        guarantee(tmp_path / "absent")
+
+
+def test_what_cannot_be_run_is_not_saved(case, tmp_path):
+    path = tmp_path / "model"
+    broken = jax.tree.map(lambda x: x.at[..., 0].set(jnp.nan), case.params)
+    for params in (broken, quantize(broken)):
+        with pytest.raises(ValueError, match="must be finite"):
+            save(path, params, guarantee={})
+    with pytest.raises(ValueError, match="given together"):
+        save(path, case.small, channels=case.channels, guarantee={})
+    with pytest.raises(ValueError, match="params shapes"):
+        save(path, case.params, channels=case.channels, masks=case.masks, guarantee={})
+    with pytest.raises(ValueError):
+        save(path, case.params, guarantee={"epsilon": float("inf")})
+    assert not path.exists()

@@ -1,0 +1,398 @@
+from typing import NamedTuple
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+from jax import lax
+
+from fedrobust import models, ops, trace, trees
+from fedrobust.compression import (
+    find_channels,
+    kept_units,
+    masks,
+    masks_from_units,
+    max_difference,
+    shrink,
+    slice_tree,
+)
+
+IMAGE = jax.random.uniform(jax.random.key(7), (3, 8, 8, 2))
+ONE = jax.ShapeDtypeStruct((1, 8, 8, 2), jnp.float32)
+
+
+class Net(NamedTuple):
+    apply: object
+    params: object
+
+
+def noisy(params):
+    """Parameters in which nothing is zero or one by initialization, so that no error hides behind a zero."""
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    draws = [np.asarray(x) + 0.2 * np.asarray(jax.random.normal(k, x.shape)) for x, k in zip(leaves, keys, strict=True)]
+    return structure.unflatten([jnp.asarray(x) for x in draws])
+
+
+def plain(shapes, apply):
+    return Net(apply, noisy({name: jnp.zeros(shape) for name, shape in shapes.items()}))
+
+
+def from_flax(function):
+    class Wrapped(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return function(x)
+
+    module = Wrapped()
+    return Net(module.apply, noisy(jax.jit(module.init)(jax.random.key(0), IMAGE)))
+
+
+def from_haiku(function):
+    pair = hk.without_apply_rng(hk.transform(function))
+    return Net(pair.apply, noisy(jax.jit(pair.init)(jax.random.key(0), IMAGE)))
+
+
+def from_room(name, builder, **options):
+    model = models.build(name, builder=builder, image_shape=(8, 8, 2), num_classes=3, **options)
+    return Net(model.apply, noisy(jax.jit(model.init)(jax.random.key(0), IMAGE)))
+
+
+def same(x, kernel, **settings):
+    return ops.conv(x, kernel, padding="SAME", **settings)
+
+
+def plain_cnn():
+    def apply(p, x):
+        x = ops.max_pool(jax.nn.relu(same(x, p["a"]) + p["b"]), (2, 2))
+        return x.reshape(x.shape[0], -1) @ p["c"] + p["d"]
+
+    return plain({"a": (3, 3, 2, 6), "b": (6,), "c": (96, 3), "d": (3,)}, apply)
+
+
+def flax_cnn():
+    def function(x):
+        for width in (8, 12):
+            x = nn.max_pool(nn.gelu(nn.GroupNorm(4)(nn.Conv(width, (3, 3))(x))), (2, 2), (2, 2))
+        return nn.Dense(3)(nn.relu(nn.Dense(6)(x.reshape(x.shape[0], -1))))
+
+    return from_flax(function)
+
+
+def haiku_cnn():
+    def function(x):
+        for width in (8, 12):
+            x = hk.GroupNorm(4)(hk.Conv2D(width, 3, stride=2)(x))
+            x = hk.avg_pool(jax.nn.silu(x), (2, 2, 1), (1, 1, 1), "SAME")
+        return hk.Linear(3)(jax.nn.leaky_relu(hk.Linear(6)(hk.Flatten()(x))))
+
+    return from_haiku(function)
+
+
+def concatenated():
+    def apply(p, x):
+        left, right = jax.nn.elu(same(x, p["a"])), jnp.tanh(same(x, p["b"], strides=1))
+        both = jnp.concatenate([left, x, right], -1)
+        return jax.nn.relu(same(both, p["c"])).max((1, 2)) @ p["d"]
+
+    return plain({"a": (3, 3, 2, 4), "b": (1, 1, 2, 6), "c": (3, 3, 12, 5), "d": (5, 3)}, apply)
+
+
+def depthwise():
+    def apply(p, x):
+        x = jax.nn.relu6(same(x, p["a"]))
+        x = jax.nn.relu(same(x, p["deep"], groups=4) + p["b"])  # two outputs for every channel
+        return same(x, p["point"], strides=2).mean((1, 2)) @ p["d"]
+
+    return plain({"a": (3, 3, 2, 4), "deep": (3, 3, 1, 8), "b": (8,), "point": (1, 1, 8, 6), "d": (6, 3)}, apply)
+
+
+def grouped():
+    def apply(p, x):
+        x = jax.nn.relu(same(x, p["a"]))
+        return jax.nn.relu(same(x, p["b"], groups=3)).mean((1, 2)) @ p["d"]
+
+    return plain({"a": (3, 3, 2, 6), "b": (3, 3, 2, 9), "d": (9, 3)}, apply)
+
+
+def residual():
+    def apply(p, x):
+        x = jax.nn.relu(same(x, p["a"]))
+        for name in ("b", "c"):
+            x = x + jax.nn.softplus(same(x, p[name]))
+        return x.max((1, 2)) @ p["d"]
+
+    return plain({"a": (3, 3, 2, 6), "b": (3, 3, 6, 6), "c": (3, 3, 6, 6), "d": (6, 3)}, apply)
+
+
+def squeeze_excite():
+    def apply(p, x):
+        x = same(x, p["a"])
+        gate = jax.nn.sigmoid(jax.nn.relu(x.mean((1, 2)) @ p["b"]) @ p["c"])
+        return (x * gate[:, None, None]).mean((1, 2)) @ p["d"]
+
+    return plain({"a": (3, 3, 2, 6), "b": (6, 4), "c": (4, 6), "d": (6, 3)}, apply)
+
+
+def padded_shortcut():
+    def apply(p, x):
+        x = jax.nn.relu(same(x, p["a"]))
+        short = jnp.pad(x[:, ::2, ::2], ((0, 0), (0, 0), (0, 0), (1, 3)))
+        return (short + same(x, p["b"], strides=2)).mean((1, 2)) @ p["d"]
+
+    return plain({"a": (3, 3, 2, 4), "b": (3, 3, 4, 8), "d": (8, 3)}, apply)
+
+
+def gated_halves():
+    def apply(p, x):
+        value, gate = jnp.split(same(x, p["a"]), 2, -1)
+        return (value * jax.nn.sigmoid(gate) + np.arange(4, dtype=np.float32)).mean((1, 2)) @ p["d"]
+
+    return plain({"a": (3, 3, 2, 8), "d": (4, 3)}, apply)
+
+
+def layer_norm():
+    def function(x):
+        x = nn.LayerNorm()(nn.Conv(6, (3, 3))(x))
+        return nn.Dense(3)(jnp.mean(x, (1, 2)))
+
+    return from_flax(function)
+
+
+def attention():
+    def function(x):
+        tokens = nn.Dense(6)(x[:, ::4, ::4].reshape(x.shape[0], 4, 2))
+        tokens = tokens + nn.MultiHeadDotProductAttention(num_heads=2, qkv_features=8, out_features=6)(tokens)
+        return nn.Dense(3)(tokens.mean(1))
+
+    return from_flax(function)
+
+
+def channels_first():
+    def apply(p, x):
+        x = jnp.transpose(x, (0, 3, 1, 2))
+        x = jax.nn.relu(lax.conv(x, p["a"], (1, 1), "SAME") + p["b"][:, None, None])
+        return lax.conv(x, p["c"], (2, 2), "VALID").sum((2, 3)) @ p["d"]
+
+    return plain({"a": (6, 2, 3, 3), "b": (6,), "c": (4, 6, 2, 2), "d": (4, 3)}, apply)
+
+
+NETS = {
+    f.__name__: f
+    for f in (
+        *(plain_cnn, flax_cnn, haiku_cnn, concatenated, depthwise, grouped, residual, squeeze_excite),
+        *(padded_shortcut, gated_halves, layer_norm, attention, channels_first),
+    )
+} | {
+    "small_cnn": lambda: from_room("small_cnn", "haiku", width=8),
+    "resnet9_scale_norm": lambda: from_room("resnet9", "flax", width=4, scale_norm=True),
+    "resnet18": lambda: from_room("resnet18", "haiku", width=4),
+}
+GROUPS = {
+    "plain_cnn": [6],
+    "flax_cnn": [4, 4, 6],
+    "haiku_cnn": [4, 4, 6],
+    "concatenated": [4, 6, 5],
+    "depthwise": [4, 6],
+    "grouped": [3, 9],
+    "residual": [6],
+    "squeeze_excite": [6, 4],
+    "padded_shortcut": [4, 4],
+    "gated_halves": [4],
+    "layer_norm": [6],
+    "attention": [6, 2, 4, 4],
+    "channels_first": [6, 4],
+}
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_masked_equals_shrunk(name):
+    net = NETS[name]()
+    channels = find_channels(net.apply, net.params, ONE)
+    assert channels.unknown == ()
+    uniform = masks(channels, net.params, sparsity=0.5)
+    assert max_difference(net.apply, channels, net.params, uniform, IMAGE) <= 1e-5
+    rng = np.random.default_rng(0)
+    keep = rng.random(len(channels.group)) < 0.5
+    for group in np.unique(channels.group):
+        keep[rng.choice(np.flatnonzero(channels.group == group))] = True
+    assert max_difference(net.apply, channels, net.params, masks_from_units(channels, keep), IMAGE) <= 1e-5
+    small, _ = shrink(net.apply, channels, net.params, uniform)
+    assert trees.size(small) < 0.8 * trees.size(net.params)
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_units_and_groups_are_those_of_the_architecture(name):
+    net = NETS[name]()
+    channels = find_channels(net.apply, net.params, ONE)
+    sizes = np.bincount(channels.group).tolist()
+    expected = GROUPS[name]
+    if name == "grouped":  # a group of the convolution and its three outputs are one unit
+        expected = [3]
+    assert sorted(sizes) == sorted(expected)
+
+
+def test_half_the_channels_leave_a_quarter_of_the_parameters_and_flops():
+    net = from_room("resnet9", "flax", width=16)
+    channels = find_channels(net.apply, net.params, ONE)
+    small, small_apply = shrink(net.apply, channels, net.params, masks(channels, net.params, sparsity=0.5))
+    assert 3.8 < trees.size(net.params) / trees.size(small) < 4
+    assert 3.7 < trace.flops(net.apply, net.params, ONE) / trace.flops(small_apply, small, ONE) < 4
+
+
+def test_scattered_channels_inside_a_norm_group_would_not_commute():
+    net = flax_cnn()
+    channels = find_channels(net.apply, net.params, ONE)
+    kernel, axes = next(
+        (x, u) for x, u in zip(jax.tree.leaves(net.params), channels.unit, strict=True) if x.shape == (3, 3, 2, 8)
+    )
+    assert axes[3].tolist() == sorted(np.repeat(np.unique(axes[3]), 2).tolist())
+    odd = jax.tree.map(jnp.ones_like, net.params)
+    mask = jnp.ones_like(kernel).at[..., 1].set(0)
+    odd = jax.tree.map(lambda x: mask if x.shape == mask.shape else x, odd)
+    assert kept_units(channels, odd).all()  # part of a unit is masked: nothing can be removed...
+    assert max_difference(net.apply, channels, net.params, odd, IMAGE) <= 1e-5  # ...and the zeros are kept
+
+
+def test_masks_remove_the_lowest_scores_of_a_hand_computed_net():
+    net = Net(lambda p, x: (x.mean((1, 2)) @ p["a"] + p["b"]) @ p["c"], None)
+    params = {
+        "a": jnp.array([[3.0, 1.0, 0.0, 2.0], [0.0, 1.0, 0.0, 0.0]]),
+        "b": jnp.array([0.0, 1.0, 2.5, 0.0]),
+        "c": jnp.zeros((4, 3)).at[0, 0].set(1.0),
+    }
+    channels = find_channels(net.apply, params, ONE)
+    assert masks(channels, params, sparsity=0.5, score="l1")["b"].tolist() == [1, 1, 0, 0]  # 4, 3, 2.5, 2
+    assert masks(channels, params, sparsity=0.5, score="l2")["b"].tolist() == [1, 0, 1, 0]  # 10, 3, 6.25, 4
+    got = masks(channels, params, sparsity=0.25, score="l1")
+    np.testing.assert_array_equal(got["a"], [[1, 1, 1, 0]] * 2)
+    np.testing.assert_array_equal(got["c"], [[1] * 3, [1] * 3, [1] * 3, [0] * 3])
+
+
+@pytest.mark.parametrize(("sparsity", "kept"), [(0.0, 6), (0.1, 6), (0.34, 4), (0.5, 3), (2 / 3, 2), (0.999, 1)])
+def test_the_share_removed_is_rounded_down_and_one_unit_stays(sparsity, kept):
+    net = residual()
+    channels = find_channels(net.apply, net.params, ONE)
+    assert kept_units(channels, masks(channels, net.params, sparsity=sparsity)).sum() == kept
+
+
+def test_a_higher_sparsity_keeps_a_subset():
+    net = concatenated()
+    channels = find_channels(net.apply, net.params, ONE)
+    kept = [kept_units(channels, masks(channels, net.params, sparsity=s)) for s in (0.2, 0.5, 0.8)]
+    assert (kept[1] <= kept[0]).all() and (kept[2] <= kept[1]).all()
+
+
+def test_shrinking_a_masked_model_by_hand_gives_the_same_parameters():
+    net = plain_cnn()
+    channels = find_channels(net.apply, net.params, ONE)
+    keep = np.array([True, False, True, True, False, False])
+    small, small_apply = shrink(net.apply, channels, net.params, masks_from_units(channels, keep))
+    p = net.params
+    by_hand = {
+        "a": p["a"][..., keep],
+        "b": p["b"][keep],
+        "c": p["c"].reshape(16, 6, 3)[:, keep].reshape(-1, 3),
+        "d": p["d"],
+    }
+    jax.tree.map(np.testing.assert_array_equal, small, by_hand)
+    # This model names no width, so its own code runs on the smaller parameters.
+    np.testing.assert_allclose(small_apply(small, IMAGE), net.apply(by_hand, IMAGE), atol=1e-6)
+
+
+def test_gradients_of_the_shrunk_model_are_those_of_the_masked_one():
+    net = flax_cnn()
+    channels = find_channels(net.apply, net.params, ONE)
+    chosen = masks(channels, net.params, sparsity=0.5)
+    small, small_apply = shrink(net.apply, channels, net.params, chosen)
+
+    def loss(apply):
+        return lambda p: jnp.sum(jnp.square(apply(p, IMAGE)))
+
+    want = jax.jit(jax.grad(lambda p: loss(net.apply)(trees.multiply(p, chosen))))(net.params)
+    got = jax.jit(jax.grad(loss(small_apply)))(small)
+    want = slice_tree(channels, chosen, want)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), got, want)
+
+
+def test_per_example_gradients_of_the_shrunk_model_equal_the_loop():
+    net = depthwise()
+    channels = find_channels(net.apply, net.params, ONE)
+    small, small_apply = shrink(net.apply, channels, net.params, masks(channels, net.params, sparsity=0.5))
+    gradient = jax.grad(lambda p, image: jnp.sum(small_apply(p, image[None]) ** 2))
+    batched = jax.jit(jax.vmap(gradient, (None, 0)))(small, IMAGE)
+    one = jax.jit(gradient)
+    for i, image in enumerate(IMAGE):
+        jax.tree.map(lambda a, b, i=i: np.testing.assert_allclose(a[i], b, rtol=1e-4, atol=1e-5), batched, one(small, image))
+
+
+def test_a_shrunk_model_can_be_shrunk_again():
+    net = flax_cnn()
+    channels = find_channels(net.apply, net.params, ONE)
+    small, small_apply = shrink(net.apply, channels, net.params, masks(channels, net.params, sparsity=0.25))
+    again = find_channels(small_apply, small, ONE)
+    assert sorted(np.bincount(again.group).tolist()) == [3, 3, 5]
+    assert max_difference(small_apply, again, small, masks(again, small, sparsity=0.5), IMAGE) <= 1e-5
+
+
+def test_optimizer_state_is_cut_like_the_parameters():
+    net = plain_cnn()
+    channels = find_channels(net.apply, net.params, ONE)
+    chosen = masks(channels, net.params, sparsity=0.5)
+    small, _ = shrink(net.apply, channels, net.params, chosen)
+    trace_state = optax.sgd(0.1, momentum=0.9).init(net.params)[0]
+    cut = trace_state._replace(trace=slice_tree(channels, chosen, trace_state.trace))
+    assert jax.tree.map(jnp.shape, cut.trace) == jax.tree.map(jnp.shape, small)
+
+
+def test_training_the_shrunk_model_compiles_once_per_shape():
+    net = residual()
+    channels = find_channels(net.apply, net.params, ONE)
+    small, small_apply = shrink(net.apply, channels, net.params, masks(channels, net.params, sparsity=0.5))
+    count = []
+
+    @jax.jit
+    def run(p, image):
+        count.append(1)
+        return small_apply(p, image)
+
+    for _ in range(3):
+        run(small, IMAGE)
+    assert len(count) == 1
+
+
+def test_unknown_operations_are_named_and_left_whole():
+    def apply(p, x):
+        y = jnp.sort(same(x, p["a"]), axis=-1)
+        return (jax.nn.relu(same(y, p["b"]))).mean((1, 2)) @ p["d"]
+
+    net = plain({"a": (3, 3, 2, 4), "b": (3, 3, 4, 6), "d": (6, 3)}, apply)
+    channels = find_channels(net.apply, net.params, ONE)
+    assert channels.unknown == ("sort",)
+    assert np.bincount(channels.group).tolist() == [6]
+    assert max_difference(apply, channels, net.params, masks(channels, net.params, sparsity=0.5), IMAGE) <= 1e-5
+
+
+@pytest.mark.parametrize("sparsity", [-0.1, 1.0, 1.5, float("nan")])
+def test_a_sparsity_out_of_range_is_named(sparsity):
+    net = residual()
+    channels = find_channels(net.apply, net.params, ONE)
+    with pytest.raises(ValueError, match=r"^sparsity is .*must be in \[0, 1\)$"):
+        masks(channels, net.params, sparsity=sparsity)
+
+
+def test_trees_of_another_model_and_empty_layers_are_refused_in_one_line():
+    net = residual()
+    channels = find_channels(net.apply, net.params, ONE)
+    ones = jax.tree.map(jnp.ones_like, net.params)
+    with pytest.raises(ValueError, match=r"^score is 'l3': must be one of l1, l2$"):
+        masks(channels, net.params, sparsity=0.5, score="l3")
+    with pytest.raises(ValueError, match=r"^masks is a tree of 4 leaves: must be of .*$"):
+        shrink(net.apply, channels, net.params, list(ones.values()))
+    with pytest.raises(ValueError, match=r"^masks is a tree of 4 leaves: must be of .*$"):
+        shrink(net.apply, channels, net.params, {**ones, "d": jnp.ones((3, 6))})
+    with pytest.raises(ValueError, match=r"^masks is .*one unit or more per group$"):
+        shrink(net.apply, channels, net.params, trees.zeros_like(net.params))

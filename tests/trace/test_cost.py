@@ -1,0 +1,33 @@
+import jax
+import jax.numpy as jnp
+from fedrobust import ops, trace
+
+
+def test_flops_of_a_dense_layer_are_two_per_multiply_add():
+    assert trace.flops(lambda w, x: x @ w + 1, jnp.ones((5, 7)), jnp.ones((3, 5))) == 2 * 3 * 5 * 7
+
+
+def test_flops_of_a_strided_grouped_convolution():
+    image, kernel = jnp.ones((1, 8, 8, 4)), jnp.ones((3, 3, 2, 6))
+    count = trace.flops(lambda w, x: ops.conv(x, w, strides=2, padding="SAME", groups=2), kernel, image)
+    assert count == 2 * (4 * 4 * 6) * (3 * 3 * 2)
+
+
+def test_flops_of_a_batched_product_and_of_elementwise_work():
+    x = jnp.ones((4, 2, 3))
+    assert trace.flops(lambda a: jnp.einsum("bij,bkj->bik", a, a), x) == 2 * 4 * 2 * 2 * 3
+    assert trace.flops(lambda a: jnp.tanh(a) * a, x) == 0
+
+
+def test_flops_of_control_flow():
+    w, x = jnp.ones((3, 3)), jnp.ones(3)
+    one = 2 * 9
+    assert trace.flops(lambda x: jax.lax.scan(lambda c, _: (w @ c, None), x, length=5)[0], x) == 5 * one
+    assert trace.flops(lambda x: jax.lax.cond(x[0] > 0, lambda c: w @ w @ c, lambda c: w @ c, x), x) == 54 + one
+    assert trace.flops(lambda x: jax.lax.while_loop(lambda c: c[0] < 1, lambda c: w @ c, x), x) == one
+
+
+def test_flops_do_not_compute_and_grow_with_the_batch():
+    shapes = jax.ShapeDtypeStruct((100000, 100000), jnp.float32)
+    count = trace.flops(jnp.dot, shapes, jax.ShapeDtypeStruct((100000, 8), jnp.float32))
+    assert count == 2 * 10**10 * 8
