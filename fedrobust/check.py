@@ -37,7 +37,7 @@ def at_least(name: str, value: int, minimum: int) -> None:
 
 def fraction(name: str, value: float, *, zero: bool = True, one: bool = True) -> None:
     """Requires a number in [0, 1], with either end left out on request."""
-    inside = (0 < value or (zero and value == 0)) and (value < 1 or (one and value == 1))
+    inside = (value > 0 or (zero and value == 0)) and (value < 1 or (one and value == 1))
     require(inside, name, value, f"in {'[' if zero else '('}0, 1{']' if one else ')'}")
 
 

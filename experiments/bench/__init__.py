@@ -1,0 +1,8 @@
+"""Side-by-side measurements: every claim about speed is a row that one of these modules prints.
+
+Each module is one benchmark: a docstring that states its source, command, cost and device, and
+`run() -> list[Comparison]`. `NAMES` is the registry.
+"""
+
+NAMES = {"ops": "experiments.bench.ops"}
+"""Benchmark name -> the module that runs it."""

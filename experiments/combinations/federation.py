@@ -67,7 +67,12 @@ def hospitals(study: Study, seed: int) -> Hospitals:
 def build_model(study: Study, image_shape: tuple[int, int, int], num_classes: int) -> Model:
     """The study's architecture for the data at hand."""
     return models.build(
-        study.model, builder=study.builder, image_shape=image_shape, num_classes=num_classes, width=study.width
+        study.model,
+        builder=study.builder,
+        image_shape=image_shape,
+        num_classes=num_classes,
+        width=study.width,
+        groups=study.norm_groups,
     )
 
 

@@ -6,7 +6,7 @@ python -m experiments.run combinations --dataset pneumonia_mnist      # the pape
 
 from dataclasses import replace
 
-from experiments.combinations.settings import AT, DP, MC, Attack, Poison, Scale, Study, Training
+from experiments.combinations.settings import AT, DP, Attack, Scale, Study, Training
 
 _DIGITS = Study(
     experiment="quickstart",

@@ -3,11 +3,10 @@
 All of it is frozen dataclasses; the command line is generated from them, help texts included.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 from fedrobust import check
-from fedrobust.compression import cubic_sparsity
 from fedrobust.data import PARTITIONS
 from fedrobust.federated import BACKENDS
 from fedrobust.models import SPECS
@@ -29,7 +28,7 @@ class Training:
     learning_rate: float = 1e-3
     """Peak learning rate of the clients' Adam; it falls to 0 by a cosine over the rounds."""
     average_decay: float = 0.5
-    """Decay per round of the running average of the server's parameters, which is the model that is kept; 0 for none."""
+    """Decay per round of the running average of the server's parameters, the model that is kept; 0 for none."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +141,8 @@ class Study:
     """Library that builds it."""
     width: int = 16
     """Channels of its first convolution."""
+    norm_groups: int = 8
+    """Groups of every GroupNorm; the group is the unit of pruning, so more groups prune finer."""
     client_map: Literal["auto", "loop", "scan", "vmap", "pmap", "shard_map"] = "auto"
     """How clients are mapped over the machine; changes speed only."""
     checkpoint_every: float = 30.0
@@ -172,6 +173,7 @@ class Study:
         check.one_of("--client-map", self.client_map, ("auto", *BACKENDS))
         check.at_least("--clients", self.clients, 1)
         check.at_least("--width", self.width, 1)
+        check.at_least("--norm-groups", self.norm_groups, 1)
         check.positive("--alpha", self.alpha)
         check.non_negative("--checkpoint-every", self.checkpoint_every)
         for group, names in _WHOLE.items():

@@ -167,8 +167,8 @@ def _unpack(tensors: dict[str, np.ndarray], params: Params, names: list[str], sh
             values.append(jnp.asarray(vectors[:size].reshape(shape)))
             vectors = vectors[size:]
         steps.append(jnp.asarray(step))
-    treedef = jax.tree.structure(params)
-    return jax.jit(dequantize)(Quantized(treedef.unflatten(values), treedef.unflatten(steps)))
+    structure = jax.tree.structure(params)
+    return dequantize(Quantized(jax.tree.unflatten(structure, values), jax.tree.unflatten(structure, steps)))
 
 
 def _digest(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> str:

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fedrobust.types import Params
 
@@ -24,6 +25,7 @@ class Quantized(NamedTuple):
     scale: Params
 
 
+@jax.jit  # one compilation; leaf by leaf it would be several for every shape
 def quantize(params: Params) -> Quantized:
     """Rounds each weight to the nearest of 255 multiples of its output channel's scale, max |w| / 127.
 
@@ -44,6 +46,7 @@ def quantize(params: Params) -> Quantized:
     return Quantized(jax.tree.map(_round, params, scale), scale)
 
 
+@jax.jit
 def dequantize(quantized: Quantized) -> Params:
     """The float32 parameters that the quantized ones stand for.
 
@@ -56,7 +59,7 @@ def dequantize(quantized: Quantized) -> Params:
     return jax.tree.map(lambda v, s: v.astype(jnp.float32) * s.astype(jnp.float32), quantized.value, quantized.scale)
 
 
-def is_weight(leaf: jax.Array) -> bool:
+def is_weight(leaf: jax.Array | np.ndarray) -> bool:
     """Whether a leaf is stored in 8 bits: a matrix or a kernel, not a vector."""
     return leaf.ndim >= 2
 

@@ -40,9 +40,9 @@ def adversarial_loss(
 
     def robust_loss(key: Key, params: Params, image: jax.Array, label: jax.Array) -> jax.Array:
         of_attack, of_loss = jax.random.split(key)
-        fixed = jax.lax.stop_gradient(params)
-        sample = attack(of_attack, lambda x: apply(fixed, x), jax.lax.stop_gradient(image), label)
-        adversarial = loss(of_loss, params, jax.lax.stop_gradient(sample), label)
+        fixed, clean = jax.lax.stop_gradient((params, image))
+        sample = attack(of_attack, lambda x: apply(fixed, x), clean, label)
+        adversarial = loss(of_loss, params, sample, label)
         if clean_share == 0:
             return adversarial
         return clean_share * loss(of_loss, params, image, label) + (1 - clean_share) * adversarial

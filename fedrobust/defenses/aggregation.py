@@ -48,7 +48,7 @@ def coordinate_median() -> Aggregator:
     Returns:
         An `Aggregator` without state. Weights only say who is present. The result does not depend on the order of the
         clients, absent rows may hold NaN, with nobody present it is 0, and while fewer than half of the clients present
-        are dishonest it stays between honest values. A NaN sent by a present client counts as +inf.
+        are dishonest it stays between honest values. A NaN sent by a present client counts as too large.
 
     Source:
         Yin, Chen, Ramchandran, Bartlett 2018, https://arxiv.org/abs/1803.01498, definition 1.
@@ -89,7 +89,7 @@ def _of_sorted(num_trimmed: Callable[[int], int]) -> Aggregator:
 
         def leaf(x: jax.Array) -> jax.Array:
             absent = (weight == 0).reshape(weight.shape + (1,) * (x.ndim - 1))
-            return jnp.sort(jnp.where(absent | jnp.isnan(x), jnp.inf, x), axis=0)  # the absent end behind all others
+            return jnp.sort(jnp.where(absent, jnp.inf, x), axis=0)  # behind all that is finite, before NaN
 
         return trees.weighted_sum(share, jax.tree.map(leaf, updates)), trim
 

@@ -109,7 +109,7 @@ def fedavg(
 
     def round(key: Key, state: FederatedState, cohort: Cohort) -> tuple[FederatedState, RoundInfo]:
         chex.assert_rank([cohort.id, cohort.weight, cohort.malicious], 1)
-        chex.assert_equal_shape_prefix(list(cohort.batch) + [cohort.id], 1)
+        chex.assert_equal_shape_prefix([*list(cohort.batch), cohort.id], 1)
         client_key = keys.per_client(keys.stream(key, "client"), cohort.id)
         clients = (client_key, cohort.weight, cohort.batch)
         updates, info = client_map(train)((state.params, state.round), clients)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from fedrobust import check, trees
-from fedrobust.privacy.clipping import ClippedGrad, ClipInfo, clip
+from fedrobust.privacy.clipping import ClipInfo, ClippedGrad, clip
 from fedrobust.types import Aggregator, Batch, GradFn, Key, Params
 
 

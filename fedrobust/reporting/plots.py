@@ -53,11 +53,8 @@ def accuracy_against_radius(rows: Sequence[Row], path: Path | str) -> Path:
 def _radius_line(
     panel: Axes, combination: Combination, group: Sequence[Row], norm: str, radii: Sequence[float], unit: int
 ) -> None:
-    points = [(0.0, spread(group, lambda row: row["clean"]["accuracy"]))]
-    for eps in radii:
-        points.append(
-            (eps, spread(group, lambda row, e=eps: (summary.robust_entry(row, norm, e) or {}).get("accuracy")))
-        )
+    points = [(0.0, spread(group, summary.clean_figure("accuracy")))]
+    points += [(eps, spread(group, summary.robust_figure(norm, eps, "accuracy"))) for eps in radii]
     found = [(unit * eps, 100 * value.mean, 100 * (value.std or 0.0)) for eps, value in points if value is not None]
     x, mean, std = np.asarray(found).T
     panel.plot(x, mean, clip_on=False, zorder=3, **_look(combination))
@@ -84,16 +81,14 @@ def trade_off(rows: Sequence[Row], path: Path | str) -> Path:
     norm = cases[0][0]
     eps = max(eps for name, eps in cases if name == norm)
     figure, (panel,) = _figure(1, width=4.8)
-    largest = 0.0
+    largest = max(row["size"]["bytes"] for row in rows)
     for combination, group in by_combination(rows).items():
-        clean = spread(group, lambda row: row["clean"]["accuracy"])
-        robust = spread(group, lambda row: (summary.robust_entry(row, norm, eps) or {}).get("accuracy"))
+        clean = spread(group, summary.clean_figure("accuracy"))
+        robust = spread(group, summary.robust_figure(norm, eps, "accuracy"))
         size = spread(group, lambda row: row["size"]["bytes"])
         if clean and robust and size:
-            largest = max(largest, size.mean)
-            _dot(panel, combination, 100 * clean.mean, 100 * robust.mean, size.mean)
-    for collection in panel.collections:  # areas are bytes until the largest is known
-        collection.set_sizes(np.maximum(500 * collection.get_sizes() / largest, 12))
+            area = max(500 * size.mean / largest, 12)  # in square points; smaller could not be seen
+            _dot(panel, combination, 100 * clean.mean, 100 * robust.mean, area)
     panel.set_xlabel("clean accuracy (%)")
     panel.set_ylabel(f"accuracy under attack, {summary.norm_text(norm)} {summary.radius_text(norm, eps)} (%)")
     panel.margins(0.15)

@@ -1,7 +1,7 @@
 """What tables and figures both need: rows by combination, names of combinations, radii, spread over seeds."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -51,10 +51,19 @@ def radii(rows: Iterable[Row]) -> list[tuple[str, float]]:
     return sorted(found, key=lambda case: (case[0] != "linf", case))
 
 
-def robust_entry(row: Row, norm: str, eps: float) -> Mapping[str, Any] | None:
-    """The lowest accuracy of a row under any attack of one norm and radius: the worst case where it was taken."""
-    entries = [entry for entry in row["robust"].values() if (entry["norm"], entry["eps"]) == (norm, eps)]
-    return min(entries, key=lambda entry: entry["accuracy"], default=None)
+def robust_figure(norm: str, eps: float, field: str) -> Callable[[Row], float | None]:
+    """`row -> figure` under the attack of one norm and radius with the lowest accuracy: the worst case where taken."""
+
+    def figure(row: Row) -> float | None:
+        entries = [entry for entry in row["robust"].values() if (entry["norm"], entry["eps"]) == (norm, eps)]
+        return min(entries, key=lambda entry: entry["accuracy"])[field] if entries else None
+
+    return figure
+
+
+def clean_figure(field: str) -> Callable[[Row], float | None]:
+    """`row -> figure` on clean images."""
+    return lambda row: row["clean"][field]
 
 
 def radius_text(norm: str, eps: float) -> str:

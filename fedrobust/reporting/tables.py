@@ -102,12 +102,12 @@ def to_rich(rows: Sequence[Row]) -> RichTable:
 def _clean_columns() -> list[_Column]:
     def accuracy(group: Sequence[Row]) -> str:
         mark = MARK if any(map(summary.is_degenerate, group)) else ""
-        return _percent(spread(group, lambda row: row["clean"]["accuracy"])) + mark
+        return _percent(spread(group, summary.clean_figure("accuracy"))) + mark
 
     return [
         _Column("clean", "acc", accuracy),
-        _Column("clean", "bal", lambda group: _percent(spread(group, lambda row: row["clean"]["balanced_accuracy"]))),
-        _Column("clean", "AUC", lambda group: _percent(spread(group, lambda row: row["clean"]["auc"]))),
+        _Column("clean", "bal", lambda group: _percent(spread(group, summary.clean_figure("balanced_accuracy")))),
+        _Column("clean", "AUC", lambda group: _percent(spread(group, summary.clean_figure("auc")))),
     ]
 
 
@@ -116,7 +116,7 @@ def _robust_columns(rows: Sequence[Row]) -> list[_Column]:
 
     def column(norm: str, eps: float, field: str) -> _Column:
         def cell(group: Sequence[Row]) -> str:
-            return _percent(spread(group, lambda row: (summary.robust_entry(row, norm, eps) or {}).get(field)))
+            return _percent(spread(group, summary.robust_figure(norm, eps, field)))
 
         name = {"accuracy": "acc", "balanced_accuracy": "bal"}[field]
         return _Column(f"{summary.norm_text(norm)} {summary.radius_text(norm, eps)}", name, cell)
@@ -131,7 +131,7 @@ def _robust_columns(rows: Sequence[Row]) -> list[_Column]:
 
 
 def _poisoned_columns(rows: Sequence[Row]) -> list[_Column]:
-    def column(name: str, rule: str) -> _Column:
+    def column(name: str, rule: str | None) -> _Column:
         def cell(group: Sequence[Row]) -> str:
             return _percent(spread(group, lambda row: ((row["poisoned"] or {}).get(rule) or {}).get("accuracy")))
 
@@ -195,8 +195,8 @@ def _percent(value: Spread | None) -> str:
     return f"{100 * value.mean:.1f}" + (f" ± {100 * value.std:.1f}" if value.std is not None else "")
 
 
-def _words(name: str) -> str:
-    return name.replace("_", " ")
+def _words(name: str | None) -> str:
+    return (name or "no").replace("_", " ")
 
 
 def _latex_groups(groups: Sequence[str]) -> list[str]:
@@ -211,7 +211,7 @@ def _latex_groups(groups: Sequence[str]) -> list[str]:
 
 
 def _latex(text: str) -> str:
-    special = {
+    special: dict[str, str | int | None] = {
         "✓": r"\checkmark",
         "±": r"$\pm$",
         "ε": r"$\varepsilon$",

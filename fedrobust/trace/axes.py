@@ -132,7 +132,7 @@ def split_axis(graph: Graph, axis: Axis, shape: list[int]) -> list[Axis]:
     varying = [d for d in range(len(shape)) if (ids != ids.take([0], axis=d)).any()]
     carrier = varying[0] if varying else 0
     rows = np.moveaxis(ids, carrier, 0).reshape(shape[carrier], -1)
-    zero = np.moveaxis(axis.zero.reshape(shape), carrier, 0).reshape(shape[carrier], -1).all(axis=1)
+    zero = np.logical_and.reduce(np.moveaxis(axis.zero.reshape(shape), carrier, 0).reshape(shape[carrier], -1), axis=1)
     graph.join(rows, rows[:, :1])
     out = [fixed(n) for n in shape]
     out[carrier] = Axis(rows.min(axis=1), zero, axis.free)

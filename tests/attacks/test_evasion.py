@@ -170,7 +170,7 @@ def test_l2_steps_have_their_length_for_tiny_and_huge_gradients(scale):
 
 
 def test_result_is_the_best_of_all_iterates():
-    image, label, num_steps = images(12, 5), jnp.arange(12) % 3, 3
+    image, label, num_steps = images(12, 5), jnp.arange(12) % 3, 2
     long = {"norm": "linf", "eps": 0.4, "step_size": 0.3, "random_start": False}  # so the last is not always the best
     iterates = [image]
     for n in range(1, num_steps + 1):

@@ -29,16 +29,19 @@ class Net(NamedTuple):
     params: object
 
 
-def noisy(params):
-    """Parameters in which nothing is zero or one by initialization, so that no error hides behind a zero."""
-    leaves, structure = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    draws = [np.asarray(x) + 0.2 * np.asarray(jax.random.normal(k, x.shape)) for x, k in zip(leaves, keys, strict=True)]
-    return structure.unflatten([jnp.asarray(x) for x in draws])
+def draw(shapes):
+    """Parameters none of which is zero or one, as fresh biases and scales are: no error hides behind them."""
+    rng = np.random.default_rng(1)
+
+    def leaf(x):
+        z = rng.normal(size=x.shape)
+        return jnp.asarray(0.5 + 0.2 * z if len(x.shape) < 2 else z / np.sqrt(np.prod(x.shape[:-1])), jnp.float32)
+
+    return jax.tree.map(leaf, shapes)
 
 
 def plain(shapes, apply):
-    return Net(apply, noisy({name: jnp.zeros(shape) for name, shape in shapes.items()}))
+    return Net(apply, draw({name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}))
 
 
 def from_flax(function):
@@ -48,17 +51,17 @@ def from_flax(function):
             return function(x)
 
     module = Wrapped()
-    return Net(module.apply, noisy(jax.jit(module.init)(jax.random.key(0), IMAGE)))
+    return Net(module.apply, draw(jax.eval_shape(module.init, jax.random.key(0), IMAGE)))
 
 
 def from_haiku(function):
     pair = hk.without_apply_rng(hk.transform(function))
-    return Net(pair.apply, noisy(jax.jit(pair.init)(jax.random.key(0), IMAGE)))
+    return Net(pair.apply, draw(jax.eval_shape(pair.init, jax.random.key(0), IMAGE)))
 
 
 def from_room(name, builder, **options):
     model = models.build(name, builder=builder, image_shape=(8, 8, 2), num_classes=3, **options)
-    return Net(model.apply, noisy(jax.jit(model.init)(jax.random.key(0), IMAGE)))
+    return Net(model.apply, draw(jax.eval_shape(model.init, jax.random.key(0), IMAGE)))
 
 
 def same(x, kernel, **settings):
@@ -197,7 +200,7 @@ GROUPS = {
     "haiku_cnn": [4, 4, 6],
     "concatenated": [4, 6, 5],
     "depthwise": [4, 6],
-    "grouped": [3, 9],
+    "grouped": [3],  # a group's two inputs and three outputs are one unit
     "residual": [6],
     "squeeze_excite": [6, 4],
     "padded_shortcut": [4, 4],
@@ -215,6 +218,8 @@ def test_masked_equals_shrunk(name):
     assert channels.unknown == ()
     uniform = masks(channels, net.params, sparsity=0.5)
     assert max_difference(net.apply, channels, net.params, uniform, IMAGE) <= 1e-5
+    if name == "resnet18":  # half of the time of this test
+        return
     rng = np.random.default_rng(0)
     keep = rng.random(len(channels.group)) < 0.5
     for group in np.unique(channels.group):
@@ -229,10 +234,7 @@ def test_units_and_groups_are_those_of_the_architecture(name):
     net = NETS[name]()
     channels = find_channels(net.apply, net.params, ONE)
     sizes = np.bincount(channels.group).tolist()
-    expected = GROUPS[name]
-    if name == "grouped":  # a group of the convolution and its three outputs are one unit
-        expected = [3]
-    assert sorted(sizes) == sorted(expected)
+    assert sorted(sizes) == sorted(GROUPS[name])
 
 
 def test_half_the_channels_leave_a_quarter_of_the_parameters_and_flops():
@@ -326,7 +328,9 @@ def test_per_example_gradients_of_the_shrunk_model_equal_the_loop():
     batched = jax.jit(jax.vmap(gradient, (None, 0)))(small, IMAGE)
     one = jax.jit(gradient)
     for i, image in enumerate(IMAGE):
-        jax.tree.map(lambda a, b, i=i: np.testing.assert_allclose(a[i], b, rtol=1e-4, atol=1e-5), batched, one(small, image))
+        jax.tree.map(
+            lambda a, b, i=i: np.testing.assert_allclose(a[i], b, rtol=1e-4, atol=1e-5), batched, one(small, image)
+        )
 
 
 def test_a_shrunk_model_can_be_shrunk_again():
@@ -390,9 +394,9 @@ def test_trees_of_another_model_and_empty_layers_are_refused_in_one_line():
     ones = jax.tree.map(jnp.ones_like, net.params)
     with pytest.raises(ValueError, match=r"^score is 'l3': must be one of l1, l2$"):
         masks(channels, net.params, sparsity=0.5, score="l3")
-    with pytest.raises(ValueError, match=r"^masks is a tree of 4 leaves: must be of .*$"):
+    with pytest.raises(ValueError, match=r"^masks is 'a tree of 4 leaves': must be of .*$"):
         shrink(net.apply, channels, net.params, list(ones.values()))
-    with pytest.raises(ValueError, match=r"^masks is a tree of 4 leaves: must be of .*$"):
+    with pytest.raises(ValueError, match=r"^masks is 'a tree of 4 leaves': must be of .*$"):
         shrink(net.apply, channels, net.params, {**ones, "d": jnp.ones((3, 6))})
     with pytest.raises(ValueError, match=r"^masks is .*one unit or more per group$"):
         shrink(net.apply, channels, net.params, trees.zeros_like(net.params))

@@ -17,9 +17,8 @@ def test_a_hand_computed_matrix():
 
 
 @pytest.mark.parametrize("magnitude", [1e-12, 1e-6, 1e-4, 1e-2, 1.0, 1e3, 1e6])
-@pytest.mark.parametrize("seed", [0, 1])
-def test_no_weight_moves_by_more_than_half_a_step(magnitude, seed):
-    w = magnitude * jax.random.normal(jax.random.key(seed), (3, 3, 5, 64))
+def test_no_weight_moves_by_more_than_half_a_step(magnitude):
+    w = magnitude * jax.random.normal(jax.random.key(0), (3, 3, 5, 64))
     quantized = quantize(w)
     error = np.abs(np.float64(w) - np.float64(quantized.value) * np.float64(quantized.scale))
     assert (error <= 0.5 * np.float64(quantized.scale) * (1 + 1e-6)).all()  # 1e-6: the division is float32

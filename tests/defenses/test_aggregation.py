@@ -101,7 +101,7 @@ def test_one_trace_for_any_number_present(name):
 
 
 @pytest.mark.parametrize("name", ["coordinate_median", "trimmed_mean"])
-@pytest.mark.parametrize("lie", [1e30, -1e30, np.inf, -np.inf, np.nan])
+@pytest.mark.parametrize("lie", [1e30, -1e30, np.inf, -np.inf, np.nan, -np.nan])
 def test_a_dishonest_minority_cannot_leave_the_honest_range(name, lie):
     updates, weight = draw(4, NUM_CLIENTS)
     updates[[1, 5]] = lie  # 2 of 7 <= 0.29 * 7

@@ -1,4 +1,4 @@
-"""Laws of robust accuracy: the closed form of a linear model, and each check caught by a model or an attack that fails it."""
+"""Laws of robust accuracy: the closed form of a linear model; for each check a model or an attack that fails it."""
 
 import jax
 import jax.numpy as jnp
@@ -47,21 +47,17 @@ def passed(result):
 def test_linear_model_gets_its_closed_form_robust_accuracy():
     threats = (*THREATS, Threat("pgd", "l2", (0.05,), 30, 1, pgd_l2))
     result = evaluate(linear, WEIGHT, DATASET, threats, KEY, 16)
-    margin = np.take_along_axis((IMAGE.reshape(40, 6) @ WEIGHT) * [[1, -1]], np.zeros((40, 1), int), 1)[:, 0]
     margin = (IMAGE.reshape(40, 6) @ WEIGHT.astype(np.float64)) @ [1, -1] * np.where(LABEL == 0, 1, -1)
     direction = WEIGHT.astype(np.float64) @ [1, -1]
     for norm, eps, dual in [*(("linf", e, 1) for e in RADII), ("l2", 0.05, 2)]:
         right = margin > eps * np.linalg.norm(direction, dual)
         entry = result.robust[f"worst_{norm}_{eps:.2g}"]
         assert entry["accuracy"] == pytest.approx(right.mean())
-        assert entry["balanced_accuracy"] == pytest.approx(np.mean([right[LABEL == c].mean() for c in (0, 1)]))
+        assert entry["balanced_accuracy"] == pytest.approx(np.mean([right[c == LABEL].mean() for c in (0, 1)]))
     assert all(passed(result).values()) and len(result.checks) == 5
-    assert result.robust["pgd8_linf_0.031"] == {
-        **result.robust["pgd8_linf_0.031"],
-        "steps": 8,
-        "restarts": 1,
-        "eps": 8 / 255,
-    }
+    entry = result.robust["pgd8_linf_0.031"]
+    assert (entry["norm"], entry["eps"], entry["steps"], entry["restarts"]) == ("linf", 8 / 255, 8, 1)
+    assert (result.robust["worst_l2_0.05"]["steps"], result.robust["worst_l2_0.05"]["restarts"]) == (None, None)
     assert set(result.robust) == {
         f"{a}_linf_{e}" for a in ("fgsm", "pgd8", "worst") for e in ("0.02", "0.05", "0.031")
     } | {
@@ -82,6 +78,21 @@ def test_batch_size_changes_nothing_and_a_second_model_compiles_nothing():
     evaluate(counted, -WEIGHT, DATASET, THREATS[1:], KEY, 40)
     assert len(shapes) == num_traces
     assert evaluate(counted, WEIGHT, DATASET, THREATS[1:], KEY, 16).robust == first.robust
+
+
+def test_each_example_draws_its_own_stream_whatever_the_batch_size():
+    """32 fair coins: all equal with probability 5e-10."""
+
+    def noise(eps):
+        return lambda key, logits_fn, image, label: image + eps * jax.random.uniform(key, image.shape, minval=-1)
+
+    def apply(params, x):
+        return jnp.concatenate([x[:, 0, 0] - 0.5, 0.5 - x[:, 0, 0]], axis=1)
+
+    same = Dataset(np.full((32, 1, 1, 1), 0.5, np.float32), np.zeros(32, np.int32), 2)
+    threats = [Threat("noise", "linf", (0.5,), 1, 1, noise)]
+    found = [evaluate(apply, (), same, threats, KEY, size).robust["noise_linf_0.5"]["accuracy"] for size in (5, 32)]
+    assert 0 < found[0] == found[1] < 1
 
 
 def test_worst_case_is_the_union_per_example_and_clean_mistakes_stay():

@@ -11,7 +11,9 @@ from fedrobust import models, ops, trace
 
 def labels(apply, params, image_shape):
     """Component of each index, by leaf and axis, renamed 0 (frozen), 1, 2, ... in order of appearance."""
-    shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s, jnp.float32), params, is_leaf=lambda x: isinstance(x, tuple))
+    shapes = jax.tree.map(
+        lambda s: jax.ShapeDtypeStruct(s, jnp.float32), params, is_leaf=lambda x: isinstance(x, tuple)
+    )
     coupling = trace.couple(apply, shapes, jax.ShapeDtypeStruct(image_shape, jnp.float32))
     leaves = coupling.leaf_axes()
     flat = np.concatenate([axis for leaf in leaves for axis in leaf])
