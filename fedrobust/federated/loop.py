@@ -28,5 +28,6 @@ def rounds(
     """
     step = jax.jit(federated.round)
     for r in range(int(state.round), num_rounds):
-        state, info = step(jax.random.fold_in(key, r), state, cohorts(r))
+        # From the host: a map over devices leaves the state placed on them, which would compile a second program.
+        state, info = step(jax.random.fold_in(key, r), jax.device_get(state), cohorts(r))
         yield r + 1, state, info

@@ -79,9 +79,21 @@ def clip(gradient: Params, clip_norm: float) -> tuple[Params, jax.Array]:
         overflows, becomes exactly 0.
     """
     norm = trees.norm(gradient)
-    factor = clip_norm / jnp.maximum(norm * (1 + _ROUNDING), clip_norm)
-    finite = jnp.isfinite(norm)
-    return jax.tree.map(lambda g: jnp.where(finite, g * factor.astype(g.dtype), 0), gradient), norm
+    factor = clip_factor(norm, clip_norm)
+    return jax.tree.map(lambda g: jnp.where(factor == 0, 0, g * factor.astype(g.dtype)), gradient), norm
+
+
+def clip_factor(norm: jax.Array, clip_norm: float) -> jax.Array:
+    """What a gradient of this norm is multiplied by: min(1, C / norm), rounded down; 0 for a norm that is not finite.
+
+    Args:
+        norm: any shape, >= 0, inf or NaN.
+        clip_norm: C > 0.
+
+    Returns:
+        Factors in [0, 1], of the same shape.
+    """
+    return jnp.where(jnp.isfinite(norm), clip_norm / jnp.maximum(norm * (1 + _ROUNDING), clip_norm), 0)
 
 
 def clipped_grad(loss: Loss, *, clip_norm: float, microbatch_size: int | None = None) -> ClippedGrad:
@@ -119,14 +131,14 @@ def clipped_grad(loss: Loss, *, clip_norm: float, microbatch_size: int | None = 
 
     def one(key: Key, params: Params, image: jax.Array, label: jax.Array) -> tuple[Params, jax.Array, jax.Array]:
         value, gradient = jax.value_and_grad(lambda p: loss(key, p, image[None], label[None])[0])(params)
-        clipped, norm = clip(gradient, clip_norm)
-        return clipped, norm, value
+        return gradient, trees.norm(gradient), value
 
     def clipped_sum(
         key: Key, params: Params, batch: Batch, weight: jax.Array
     ) -> tuple[Params, tuple[jax.Array, jax.Array]]:
-        clipped, norm, value = jax.vmap(one, in_axes=(0, None, 0, 0))(key, params, batch.image, batch.label)
-        total = trees.weighted_sum(weight * batch.mask, clipped)
+        gradient, norm, value = jax.vmap(one, in_axes=(0, None, 0, 0))(key, params, batch.image, batch.label)
+        # The clip is a factor in the sum: clipped copies of the gradients would cost half as much as the gradients.
+        total = trees.weighted_sum(weight * batch.mask * clip_factor(norm, clip_norm), gradient)
         return total, (jnp.where(batch.mask, norm, 0), jnp.where(batch.mask, value, 0))
 
     def apply(key: Key, params: Params, batch: Batch, weight: jax.Array | None) -> tuple[Params, ClipInfo]:

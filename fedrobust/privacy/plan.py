@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import dp_accounting
-from dp_accounting import pld
+from dp_accounting import mechanism_calibration, pld
 
 from fedrobust import check
 
@@ -89,28 +89,32 @@ def make_plan(
 
     Args:
         unit: "record" (inside one silo) or "client".
-        epsilon: > 0, the whole budget.
+        epsilon: in (0, 100], the whole budget.
         delta: in (0, 1).
         sampling_rate: q in (0, 1].
         num_steps: T >= 1.
-        histogram_epsilon: in [0, epsilon), part of the budget for label counts, see `Plan`.
+        histogram_epsilon: in [0, epsilon), part of the budget for label counts, see `Plan`; 0 for "client", whose
+            presence changes a count by more than one.
         truncation_probability: p >= 0 over all steps together.
 
     Returns:
         A `Plan` whose `epsilon` is what is really spent, at most the budget.
 
     Raises:
-        ValueError: a setting out of its range, or delta used up by truncation.
+        ValueError: a setting out of its range, delta used up by truncation, or an epsilon that needs less noise than
+            a multiplier of 0.2.
 
     Source: accountant: Google dp-accounting, privacy loss distributions (Koskela et al. 2020, arXiv 1906.03049;
         Doroshenko et al. 2022, arXiv 2207.04380).
     """
     check.one_of("unit", unit, UNITS)
-    check.positive("epsilon", epsilon)
+    check.require(0 < epsilon <= 100, "epsilon", epsilon, "in (0, 100]")
     check.fraction("delta", delta, zero=False, one=False)
     check.fraction("sampling_rate", sampling_rate, zero=False)
     check.at_least("num_steps", num_steps, 1)
     check.require(0 <= histogram_epsilon < epsilon, "histogram_epsilon", histogram_epsilon, "in [0, epsilon)")
+    check.require(unit == "record" or histogram_epsilon == 0, "histogram_epsilon", histogram_epsilon, "0 for clients")
+    check.non_negative("truncation_probability", truncation_probability)
     accounted_delta = delta - (1 + math.exp(epsilon)) * truncation_probability
     check.require(accounted_delta > 0, "truncation_probability", truncation_probability, "so small that delta remains")
     noise_multiplier = _calibrate(
@@ -143,11 +147,15 @@ def _calibrate(make_event: Callable[[float], dp_accounting.DpEvent], epsilon: fl
     and still an upper bound, so that it can only ask for a little more noise than needed.
     """
     relation = dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE
-    return dp_accounting.calibrate_dp_mechanism(
-        lambda: pld.PLDAccountant(relation, value_discretization_interval=1e-3),
-        make_event,
-        epsilon,
-        delta,
-        dp_accounting.LowerEndpointAndGuess(0.2, 1.0),
-        tol=1e-3,
-    )
+    try:
+        return dp_accounting.calibrate_dp_mechanism(
+            lambda: pld.PLDAccountant(relation, value_discretization_interval=1e-3),
+            make_event,
+            epsilon,
+            delta,
+            dp_accounting.LowerEndpointAndGuess(0.2, 1.0),
+            tol=1e-3,
+        )
+    except mechanism_calibration.NoBracketIntervalFoundError:
+        allowed = "what a noise multiplier above 0.2 reaches with this sampling_rate and num_steps"
+        raise ValueError(f"epsilon is {epsilon!r}: must be {allowed}") from None

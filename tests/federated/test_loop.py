@@ -1,0 +1,136 @@
+"""Rounds one after the other: one compilation, and the same bits after a stop and a restart from disk."""
+
+import functools
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from fedrobust import data, losses
+from fedrobust.defenses import mean
+from fedrobust.federated import fedavg, latest, local_update, map_clients, mean_grad, rounds, save
+from fedrobust.privacy import clipped_grad, private_grad
+from fedrobust.types import Dataset
+
+KEY = jax.random.key(0)
+NUM_ROUNDS = 10
+PARAMS = {"w": jnp.zeros((4, 2)), "b": jnp.ones(2)}
+
+
+def apply(params, image):
+    return image.reshape(image.shape[0], -1) @ params["w"] + params["b"]
+
+
+@functools.cache
+def build(private, backend="scan"):
+    loss = losses.cross_entropy(apply)
+    gradient = mean_grad(loss)
+    if private:
+        clipped = clipped_grad(loss, clip_norm=1.0, microbatch_size=2)
+        gradient = private_grad(clipped, noise_multiplier=1.0, relation="zero_out", expected_batch_size=4.0)
+    return fedavg(
+        lambda round: local_update(gradient, optax.adam(0.1 / (1 + round)), skip_empty=not private),
+        mean(),
+        optax.sgd(1.0, momentum=0.5),
+        functools.partial(map_clients, backend=backend),
+        average_decay=0.5,
+    )
+
+
+@functools.cache
+def cohorts():
+    """Six clients, each there in half the rounds, with Poisson batches: sizes differ from round to round."""
+    rng = np.random.default_rng(0)
+    dataset = Dataset(rng.uniform(size=(60, 2, 2, 1)).astype(np.float32), rng.integers(0, 2, 60).astype(np.int32), 2)
+    settings = data.CohortSettings(
+        num_steps=2, client_sampling="poisson", client_rate=0.5, batch_sampling="poisson", batch_rate=0.2
+    )
+    return data.make_cohorts(dataset, np.array_split(np.arange(60), 6), settings, seed=1)
+
+
+def bits(tree):
+    return jax.tree.map(lambda x: np.asarray(x).tobytes(), jax.tree.leaves(tree))
+
+
+def compilations(caplog):
+    """Compiled programs that bear the name of a round."""
+    return [r.getMessage() for r in caplog.records if r.getMessage().startswith("Compiling") and "round" in r.getMessage()]
+
+
+@pytest.mark.parametrize(("private", "backend"), [(True, "scan"), (False, "shard_map"), (False, "pmap")])
+def test_a_round_compiles_once_over_ten_rounds_of_different_sizes(private, backend, caplog):
+    algorithm = build.__wrapped__(private, backend)
+    sizes = {(int((cohorts()(r).weight > 0).sum()), int(cohorts()(r).batch.mask.sum())) for r in range(NUM_ROUNDS)}
+    assert len({clients for clients, _ in sizes}) > 2
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        present = [int(info.num_present) for *_, info in rounds(algorithm, algorithm.init(PARAMS), cohorts(), KEY, 10)]
+    assert len(set(present)) > 2
+    assert len(compilations(caplog)) == 1, compilations(caplog)
+
+
+def test_leaving_the_loop_and_coming_back_compiles_nothing_again(caplog, tmp_path):
+    algorithm = build.__wrapped__(private=False)
+    state = algorithm.init(PARAMS)
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        for done in range(1, 4):
+            _, state, _ = next(rounds(algorithm, state, cohorts(), KEY, NUM_ROUNDS))
+            save(tmp_path, done, state)
+            state = latest(tmp_path, state)[1]
+    assert len(compilations(caplog)) == 1, compilations(caplog)
+
+
+@pytest.mark.parametrize("private", [False, True])
+def test_a_run_resumed_from_disk_equals_the_unbroken_one_bit_for_bit(private, tmp_path):
+    algorithm = build(private)
+    start = algorithm.init(PARAMS)
+    unbroken = {done: (bits(state), bits(info)) for done, state, info in rounds(algorithm, start, cohorts(), KEY, 7)}
+    assert list(unbroken) == list(range(1, 8))
+    for done, state, _ in rounds(algorithm, start, cohorts(), KEY, 7):
+        save(tmp_path, done, state)
+        if done == 3:
+            break  # killed
+    step, state = latest(tmp_path, start)
+    assert step == 3
+    assert bits(state) == unbroken[3][0]
+    resumed = {done: (bits(s), bits(info)) for done, s, info in rounds(algorithm, state, cohorts(), KEY, 7)}
+    assert resumed == {done: unbroken[done] for done in range(4, 8)}
+
+
+def test_a_finished_run_yields_nothing():
+    algorithm = build(private=False)
+    state = algorithm.init(PARAMS)._replace(round=jnp.asarray(5, jnp.int32))
+    assert list(rounds(algorithm, state, cohorts(), KEY, 5)) == []
+
+
+def test_rounds_draw_differently():
+    """Without data every update is noise alone."""
+    algorithm = build(private=True)
+    still = cohorts()(0)
+    still = still._replace(batch=still.batch._replace(mask=np.zeros_like(still.batch.mask)))
+    norms = [float(info.update_norm) for *_, info in rounds(algorithm, algorithm.init(PARAMS), lambda r: still, KEY, 3)]
+    assert len(set(norms)) == 3
+
+
+def test_nothing_saved_is_none(tmp_path):
+    assert latest(tmp_path / "missing", PARAMS) is None
+    assert latest(tmp_path, PARAMS) is None
+    assert not (tmp_path / "missing").exists()
+
+
+def test_the_last_whole_state_is_restored_with_its_structure_and_dtypes(tmp_path):
+    algorithm = build(private=False)
+    state = algorithm.init(PARAMS)
+    state = state._replace(params={"w": state.params["w"] + 0.1, "b": jnp.asarray([np.nan, -0.0])})
+    for step in (1, 2, 5):
+        save(tmp_path / "new" / "folder", step, state._replace(round=jnp.asarray(step, jnp.int32)))
+    torn = tmp_path / "new" / "folder" / "7.orbax-checkpoint-tmp"  # what a kill during the write leaves behind
+    torn.mkdir()
+    step, found = latest(tmp_path / "new" / "folder", state)
+    assert step == 5
+    assert found.round == 5
+    assert jax.tree.structure(found) == jax.tree.structure(state)
+    assert [x.dtype for x in jax.tree.leaves(found)] == [x.dtype for x in jax.tree.leaves(state)]
+    assert bits(found._replace(round=state.round)) == bits(state)

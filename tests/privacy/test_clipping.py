@@ -1,0 +1,289 @@
+"""Laws of the clipped gradient sum, against a loop in NumPy float64."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedrobust import losses
+from fedrobust.attacks import pgd
+from fedrobust.defenses import adversarial_loss
+from fedrobust.privacy import RELATIONS, blank_padding, clip, clipped_grad
+from fedrobust.types import Batch
+
+KEY = jax.random.key(0)
+CLIP_NORM = 0.8
+SIZE = 7
+MASK = np.array([True, True, False, True, True, True, False])
+WEIGHT = np.array([1.0, 0.3, 1.0, 0.0, 0.7, 1.0, 0.5], np.float32)
+
+
+def linear(params, image):
+    return image.reshape(image.shape[0], -1) @ params["w"] + params["b"]
+
+
+def two_layers(params, image):
+    return jnp.tanh(linear(params, image)) @ params["v"]
+
+
+LINEAR = losses.cross_entropy(linear)
+ATTACK = pgd(norm="linf", eps=0.2, step_size=0.1, num_steps=2, random_start=True)
+ADVERSARIAL = adversarial_loss(losses.cross_entropy(two_layers), two_layers, ATTACK, clean_share=0.3)
+
+
+def make_params(rng):
+    shapes = {"w": (4, 3), "b": (3,), "v": (3, 3)}
+    return {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def make_batch(seed=0, size=SIZE, mask=MASK):
+    rng = np.random.default_rng(seed)
+    image = rng.uniform(size=(size, 2, 2, 1)).astype(np.float32)
+    return Batch(image, rng.integers(0, 3, size).astype(np.int32), mask[:size])
+
+
+PARAMS = make_params(np.random.default_rng(9))
+
+
+@functools.cache
+def compiled(loss=LINEAR, microbatch_size=None, clip_norm=CLIP_NORM):
+    return jax.jit(clipped_grad(loss, clip_norm=clip_norm, microbatch_size=microbatch_size).apply)
+
+
+def vector(tree):
+    return np.concatenate([np.ravel(x).astype(np.float64) for x in jax.tree.leaves(tree)])
+
+
+def bits(tree):
+    return [np.asarray(x).view(np.int32).tolist() for x in jax.tree.leaves(tree)]
+
+
+def softmax_gradients(params, batch):
+    """Per-example gradients of the linear model by the textbook formula, in float64: [B, 3 + 12 + 9]."""
+    x = np.asarray(batch.image, np.float64).reshape(len(batch.label), -1)
+    logits = x @ params["w"].astype(np.float64) + params["b"]
+    p = np.exp(logits - logits.max(axis=1, keepdims=True))
+    p /= p.sum(axis=1, keepdims=True)
+    loss = -np.log(p[np.arange(len(x)), batch.label])
+    error = p - np.eye(3)[batch.label]
+    rows = [np.concatenate([e, np.zeros(9), np.outer(a, e).ravel()]) for a, e in zip(x, error, strict=True)]
+    return np.stack(rows), loss  # leaves in the order b, v, w
+
+
+def oracle(params, batch, weight, clip_norm=CLIP_NORM):
+    gradients, loss = softmax_gradients(params, batch)
+    total = np.zeros(gradients.shape[1])
+    for i, g in enumerate(gradients):
+        if batch.mask[i]:
+            total += weight[i] * g * min(1, clip_norm / np.linalg.norm(g))
+    norm = np.linalg.norm(gradients, axis=1) * batch.mask
+    return total, norm, loss[batch.mask].mean()
+
+
+def test_clip_by_hand():
+    gradient = {"a": jnp.asarray([3.0]), "b": jnp.asarray([[4.0]])}
+    clipped, norm = clip(gradient, 1.0)
+    np.testing.assert_allclose(vector(clipped), [0.6, 0.8], rtol=1e-5)
+    assert norm == 5
+    unchanged, _ = clip(gradient, 6.0)
+    assert bits(unchanged) == bits(gradient)
+
+
+@settings(max_examples=40)
+@given(
+    seed=st.integers(0, 10**6),
+    exponent=st.floats(-18, 18),
+    clip_norm=st.sampled_from([1e-3, 0.1, 1.0, 3.7, 1e4]),
+)
+def test_clip_never_leaves_the_ball_and_keeps_the_direction(seed, exponent, clip_norm):
+    rng = np.random.default_rng(seed)
+    scale = np.float32(10**exponent)
+    gradient = {"a": rng.normal(size=37).astype(np.float32) * scale, "b": rng.normal(size=5).astype(np.float32) * scale}
+    clipped, norm = clip(gradient, clip_norm)
+    exact, result = np.linalg.norm(vector(gradient)), vector(clipped)
+    np.testing.assert_allclose(norm, exact, rtol=1e-5)
+    assert np.linalg.norm(result) <= clip_norm
+    np.testing.assert_allclose(result, vector(gradient) * min(1, clip_norm / exact), rtol=2e-5)
+
+
+def test_clip_never_leaves_the_ball_with_a_million_parameters():
+    for gradient in (np.full(10**6, 1e-3, np.float32), np.random.default_rng(0).normal(size=10**6).astype(np.float32)):
+        assert 0.9999 < np.linalg.norm(vector(clip({"a": gradient}, 1.0)[0])) <= 1
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 3e38])
+def test_clip_of_what_is_not_finite_is_exactly_zero(bad):
+    clipped, norm = clip({"a": jnp.ones(2), "b": jnp.asarray([bad, bad, 1.0])}, 1.0)
+    assert bits(clipped) == [[0, 0], [0, 0, 0]]
+    assert not np.isfinite(norm)
+
+
+@pytest.mark.parametrize("clip_norm", [0.05, CLIP_NORM, 50.0])
+def test_clipped_sum_equals_a_loop_in_float64(clip_norm):
+    batch = make_batch()
+    total, info = compiled(clip_norm=clip_norm)(KEY, PARAMS, batch, WEIGHT)
+    expected, norm, loss = oracle(PARAMS, batch, WEIGHT, clip_norm)
+    np.testing.assert_allclose(vector(total), expected, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(info.norm, norm, rtol=1e-5)
+    np.testing.assert_allclose(info.loss, loss, rtol=1e-5)
+    assert info.num_dropped == 0
+
+
+def test_clipped_sum_never_exceeds_norm_times_weights():
+    """Equal records make the bound tight: a clip per leaf, or of the sum alone, would miss it."""
+    batch = make_batch()
+    same = batch._replace(image=np.repeat(batch.image[:1], SIZE, 0), label=np.repeat(batch.label[:1], SIZE))
+    length = np.linalg.norm(vector(compiled(clip_norm=0.01)(KEY, PARAMS, same, WEIGHT)[0]))
+    bound = 0.01 * WEIGHT[MASK].sum()
+    assert 0.9999 * bound <= length <= bound * (1 + 1e-7)
+
+
+@settings(max_examples=20)
+@given(seed=st.integers(0, 10**6))
+def test_clipped_sum_stays_in_the_ball_for_any_records(seed):
+    rng = np.random.default_rng(seed)
+    batch = make_batch(seed)._replace(mask=rng.random(SIZE) < 0.7)
+    batch = batch._replace(image=batch.image * np.float32(10 ** rng.uniform(-3, 6)))
+    weight = rng.uniform(0, 1, SIZE).astype(np.float32)
+    length = np.linalg.norm(vector(compiled()(KEY, PARAMS, batch, weight)[0]))
+    assert length <= CLIP_NORM * weight[batch.mask].sum() * (1 + 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("loss", "microbatch_size"), [(LINEAR, 1), (LINEAR, 2), (ADVERSARIAL, 3), (LINEAR, SIZE), (LINEAR, 100)]
+)
+def test_microbatches_equal_the_whole_batch(loss, microbatch_size):
+    batch = make_batch()
+    for mask in (MASK, np.zeros(SIZE, bool), np.arange(SIZE) == SIZE - 1):
+        part = batch._replace(mask=mask)
+        whole = compiled(loss)(KEY, PARAMS, part, WEIGHT)
+        looped = compiled(loss, microbatch_size)(KEY, PARAMS, part, WEIGHT)
+        np.testing.assert_allclose(vector(looped), vector(whole), rtol=1e-4, atol=1e-6)
+        assert looped[1].norm.shape == (SIZE,)
+
+
+def test_no_weights_are_unit_weights():
+    batch, clipped = make_batch(), jax.jit(clipped_grad(LINEAR, clip_norm=CLIP_NORM))
+    expected = compiled()(KEY, PARAMS, batch, np.ones(SIZE, np.float32))[0]
+    np.testing.assert_allclose(vector(clipped(KEY, PARAMS, batch)[0]), vector(expected), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("microbatch_size", [None, 3])
+def test_padding_is_nothing_whatever_it_holds(microbatch_size):
+    batch = make_batch()
+    results = []
+    for junk, label in ((0, 0), (np.nan, -5), (np.inf, 10**9), (-1e38, 2)):
+        image = np.where(MASK[:, None, None, None], batch.image, np.float32(junk))
+        padded = Batch(image, np.where(MASK, batch.label, np.int32(label)), MASK)
+        weight = np.where(MASK, WEIGHT, np.float32(junk))
+        results.append(bits(compiled(ADVERSARIAL, microbatch_size)(KEY, PARAMS, padded, weight)))
+    assert all(result == results[0] for result in results[1:])
+
+
+def test_blank_padding_by_hand():
+    image = np.full((2, 1, 1, 1), np.nan, np.float32)
+    image[1] = 0.5
+    batch, weight = blank_padding(Batch(image, jnp.asarray([7, 1]), jnp.asarray([False, True])), jnp.asarray([1.0, 0.5]))
+    assert batch.image.ravel().tolist() == [0, 0.5]
+    assert batch.label.tolist() == [0, 1]
+    assert weight.tolist() == [0, 0.5]
+
+
+def test_an_empty_batch_gives_exactly_zero():
+    for microbatch_size in (None, 3):
+        batch = make_batch()._replace(mask=np.zeros(SIZE, bool))
+        total, info = compiled(ADVERSARIAL, microbatch_size)(KEY, PARAMS, batch, WEIGHT)
+        assert not vector(total).any()
+        assert (info.loss, info.num_dropped) == (0, 0)
+        assert not info.norm.any()
+
+
+@pytest.mark.parametrize("microbatch_size", [None, 3])
+def test_a_record_that_is_not_finite_contributes_zero_and_is_counted(microbatch_size):
+    batch, ones = make_batch(mask=np.ones(SIZE, bool)), np.ones(SIZE, np.float32)
+    image = batch.image.copy()
+    image[1], image[3], image[5] = np.nan, np.inf, 1e25  # the last: finite, but its norm overflows
+    run = compiled(LINEAR, microbatch_size)
+    total, info = run(KEY, PARAMS, batch._replace(image=image), ones)
+    without = np.isin(np.arange(SIZE), [1, 3, 5], invert=True)
+    expected, _ = run(KEY, PARAMS, batch._replace(mask=without), ones)
+    np.testing.assert_allclose(vector(total), vector(expected), rtol=1e-5, atol=1e-7)
+    assert info.num_dropped == 3
+    assert (~np.isfinite(info.norm)).tolist() == (~without).tolist()
+
+
+def test_weights_are_clamped_to_the_unit_interval():
+    batch = make_batch(mask=np.ones(SIZE, bool))
+    wild = np.array([-3, 0, 0.4, 1, 1.5, 100, np.inf], np.float32)
+    total, tame = (compiled()(KEY, PARAMS, batch, w)[0] for w in (wild, np.clip(wild, 0, 1)))
+    assert bits(total) == bits(tame)
+
+
+@pytest.mark.parametrize(("loss", "microbatch_size"), [(LINEAR, 2), (ADVERSARIAL, None), (ADVERSARIAL, 3)])
+def test_replacing_a_record_changes_no_other_contribution_by_one_bit(loss, microbatch_size):
+    run = compiled(loss, microbatch_size)
+    batch, replaced = make_batch(mask=np.ones(SIZE, bool)), 2
+    image, label = batch.image.copy(), batch.label.copy()
+    image[replaced], label[replaced] = 1 - image[replaced], (label[replaced] + 1) % 3
+    neighbour = Batch(image, label, batch.mask)
+    gone = batch._replace(mask=np.arange(SIZE) != replaced)
+    for i in range(SIZE):
+        alone = (np.arange(SIZE) == i).astype(np.float32)  # the other records are there, but weigh nothing
+        before, after, without = (run(KEY, PARAMS, b, alone) for b in (batch, neighbour, gone))
+        if i == replaced:
+            assert bits(before[0]) != bits(after[0])
+            assert not vector(without[0]).any()
+        else:
+            assert bits(before[0]) == bits(after[0]) == bits(without[0])
+            assert before[1].norm[i] == after[1].norm[i] == without[1].norm[i]
+
+
+def test_equal_records_meet_their_own_random_attack():
+    batch = make_batch(mask=np.ones(SIZE, bool))
+    same = batch._replace(image=np.repeat(batch.image[:1], SIZE, 0), label=np.repeat(batch.label[:1], SIZE))
+    assert len(set(compiled(ADVERSARIAL)(KEY, PARAMS, same, WEIGHT)[1].norm.tolist())) > 1
+
+
+def opposite_loss(key, params, image, label):
+    """Gradient +100 e for label 0, -100 e for label 1: two records as far apart as can be."""
+    return 100 * params["a"][0] * (1 - 2 * label)
+
+
+def test_sensitivity_is_reached_and_never_exceeded_by_neighbours():
+    clipped = clipped_grad(opposite_loss, clip_norm=0.5)
+    params, image = {"a": jnp.ones(1)}, np.zeros((3, 1, 1, 1), np.float32)
+    here, gone = np.ones(3, bool), np.array([True, True, False])
+
+    def total(label, mask):
+        return clipped(KEY, params, Batch(image, np.array(label, np.int32), mask))[0]["a"][0]
+
+    base = total([0, 1, 0], here)
+    change = {
+        "add_or_remove_one": abs(base - total([0, 1, 0], gone)),
+        "zero_out": abs(base - total([0, 1, 0], gone)),
+        "replace_one": abs(base - total([0, 1, 1], here)),
+    }
+    assert set(change) == set(RELATIONS)
+    for relation, moved in change.items():
+        assert 0.9999 * clipped.sensitivity(relation) <= moved <= clipped.sensitivity(relation)
+
+
+def test_an_unknown_relation_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"^relation is 'swap': must be one of add_or_remove_one, replace_one, zero_out$"):
+        clipped_grad(LINEAR, clip_norm=1.0).sensitivity("swap")
+
+
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [
+        *(("clip_norm", {"clip_norm": value}) for value in (0, -1.0, np.inf, np.nan)),
+        *(("microbatch_size", {"clip_norm": 1.0, "microbatch_size": value}) for value in (0, -2, 1.5)),
+    ],
+)
+def test_a_bad_setting_is_named(name, setting):
+    with pytest.raises(ValueError, match=f"^{name} is "):
+        clipped_grad(LINEAR, **setting)
