@@ -39,10 +39,10 @@ class Display:
             self._progress.reset(self._phase, description=f"{name}: {title}", figures="", visible=True)
 
             def report(done: int, total: int, figures: dict[str, float]) -> None:
-                changes = {"completed": done, "total": total}
                 if figures:
-                    changes["figures"] = "  ".join(f"{key} {value:.3f}" for key, value in figures.items())
-                self._progress.update(self._phase, **changes)
+                    text = "  ".join(f"{key} {value:.3f}" for key, value in figures.items())
+                    self._progress.update(self._phase, figures=text)
+                self._progress.update(self._phase, completed=done, total=total)
 
             return report
 

@@ -89,7 +89,7 @@ def test_the_package_itself_imports_nothing():
 @pytest.mark.parametrize(
     ("names", "home"),
     [
-        (("jax.extend", "jax.core", "jax.interpreters"), "fedrobust/trace/"),
+        (("jax.extend", "jax.core", "jax.interpreters"), ("fedrobust/trace/", "fedrobust/ops/_contractions.py")),
         (("tensorflow_datasets", "tensorflow"), "fedrobust/data/"),
         (("jax.sharding", "jax.experimental"), "fedrobust/federated/client_map.py"),
         (("dp_accounting",), "fedrobust/privacy/"),

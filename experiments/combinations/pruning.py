@@ -14,8 +14,8 @@ from fedrobust import compression, trees
 from fedrobust.federated import FederatedState
 from fedrobust.types import Model, Params
 
-TOLERANCE = 1e-4
-"""Largest logit difference between masked and small model at which a run goes on; the measured one is in the row."""
+TOLERANCE = 1e-5
+"""Largest difference between logits that must be equal, over the largest logit or 1, at which a run goes on."""
 
 
 def _param_shapes(model: Model, image_shape: tuple[int, ...]) -> tuple[Params, jax.ShapeDtypeStruct]:
@@ -69,10 +69,10 @@ def shrink(
         The small function, the small state, and the largest difference of the logits.
 
     Raises:
-        RuntimeError: the difference is above `TOLERANCE`.
+        RuntimeError: the small model is not the masked one.
     """
     keep = compression.kept_units(channels, state.mask)
-    structure = jax.tree.structure(state.params)
+    structure: Any = jax.tree.structure(state.params)
 
     def cut(tree: Any) -> Any:
         def like_params(x: Any) -> bool:
@@ -86,10 +86,19 @@ def shrink(
     apply = _small_apply(model, image.shape[1:], tuple(np.bincount(channels.group[keep]).tolist()))
     small = cut(state)
     masked, shrunk = jax.jit(model.apply)(state.params, image), jax.jit(apply)(small.params, image)
-    difference = float(jnp.max(jnp.abs(masked - shrunk)))
-    if not difference <= TOLERANCE:
-        raise RuntimeError(f"the shrunk model differs from the masked one by {difference:.2g} in its logits")
-    return apply, small, difference
+    return apply, small, require_equal(masked, shrunk, "the shrunk model")
+
+
+def require_equal(expected: jax.Array, found: jax.Array, what: str) -> float:
+    """The largest difference between two models' logits [B,L].
+
+    Raises:
+        RuntimeError: it is above `TOLERANCE`.
+    """
+    difference = float(jnp.max(jnp.abs(expected - found)))
+    if not difference <= TOLERANCE * max(1.0, float(jnp.max(jnp.abs(expected)))):
+        raise RuntimeError(f"{what} differs by {difference:.2g} in its logits from the model it must equal")
+    return difference
 
 
 @functools.lru_cache(maxsize=16)

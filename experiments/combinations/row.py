@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import os
 import platform
-import shutil
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.combinations.federation import RULES, Apply, Hospitals, build_model, make_recipe
-from experiments.combinations.pruning import TOLERANCE
+from experiments.combinations.pruning import require_equal
 from experiments.combinations.settings import Attack as AttackSettings
 from experiments.combinations.settings import Study
 from experiments.combinations.training import BATCH_SIZE, Job, Progress, Trained, train
@@ -112,7 +111,6 @@ def make_row(
         "versions": {package: version(package) for package in PACKAGES} | {"python": platform.python_version()},
         "device": f"{jax.devices()[0].device_kind} ({platform.machine()}, {os.cpu_count()} cores)",
     }
-    shutil.rmtree(work)
     progress("evaluation")(1, 1, {})
     return row
 
@@ -124,15 +122,14 @@ def finish(model: Model, trained: Trained, path: Path, guarantee: dict[str, Any]
         RuntimeError: the model that runs from the file and the one measured differ in their logits on `image`.
     """
     params = trained.params if trained.masks is None else compression.quantize(trained.params)
-    saved = {"channels": trained.channels, "masks": trained.masks, "guarantee": {"privacy": guarantee}}
-    size = compression.save(path, params, **saved)
+    size = compression.save(
+        path, params, channels=trained.channels, masks=trained.masks, guarantee={"privacy": guarantee}
+    )
     full = jax.eval_shape(model.init, jax.random.key(0), image[:1])
     file_params, file_apply = compression.load(path, model.apply, full, image[:1])
     # One function for all models of a shape shares what is compiled for it; the file's own must agree with it.
     served, measured = jax.jit(file_apply)(file_params, image), jax.jit(trained.apply)(file_params, image)
-    difference = float(jnp.max(jnp.abs(served - measured)))
-    if not difference <= TOLERANCE:
-        raise RuntimeError(f"{path}: the model differs from the measured one by {difference:.2g} in its logits")
+    require_equal(served, measured, str(path))
     return Final(trained.apply, file_params, size)
 
 

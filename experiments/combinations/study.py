@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ def run(study: Study, console: Console) -> Path:
         for seed, combination in todo:
             progress = display.row(f"{combination.name}, seed {seed}")
             reporting.append(out / "rows.jsonl", make_row(study, config, combination, seed, sites[seed], out, progress))
+            shutil.rmtree(out / "work")  # only now that the row is safe
             display.advance()
     report(out, console)
     return out

@@ -66,7 +66,7 @@ def cases(draw):
     return shapes, {"strides": strides, "padding": padding, "kernel_dilation": dilation, "groups": groups}
 
 
-@settings(max_examples=14)
+@settings(max_examples=8)
 @given(case=cases(), wide=st.booleans())
 def test_value_and_derivatives_equal_those_of_lax(case, wide):
     shapes, how = case
@@ -100,16 +100,16 @@ def stacks(how):
 @pytest.mark.parametrize("axes", [(0, None), (None, 0), (0, 0)], ids=str)
 def test_vmap_equals_loop(how, axes):
     operands = [x if axis == 0 else x[0] for x, axis in zip(stacks(how), axes, strict=True)]
-    function = derivatives(partial(conv, **how))
+    function = jax.jit(jax.grad(lambda image, kernel: jnp.sum(jnp.sin(conv(image, kernel, **how))), (0, 1)))
     got = jax.vmap(function, axes)(*operands)
-    loop = [function(*(x[i] if a == 0 else x for x, a in zip(operands, axes, strict=True))) for i in range(3)][:2]
-    assert_close(jax.tree.map(lambda x: x[:2], got), jax.tree.map(lambda *x: jnp.stack(x), *loop))
+    loop = [function(*(x[i] if a == 0 else x for x, a in zip(operands, axes, strict=True))) for i in range(3)]
+    assert_close(got, jax.tree.map(lambda *x: jnp.stack(x), *loop))
 
 
 @pytest.mark.parametrize("how", HOW, ids=str)
 def test_clients_of_examples_equal_loops_in_either_nesting(how):
     image, kernel = normal(0, (2, 3, 7, 6, 4)), stacks(how)[1][:2]
-    gradient = jax.grad(lambda kernel, image: jnp.sum(jnp.sin(conv(image[None], kernel, **how))))
+    gradient = jax.jit(jax.grad(lambda kernel, image: jnp.sum(jnp.sin(conv(image[None], kernel, **how)))))
     outer_clients = jax.jit(jax.vmap(jax.vmap(gradient, (None, 0))))(kernel, image)
     outer_examples = jax.jit(jax.vmap(jax.vmap(gradient), (None, 1), 1))(kernel, image)
     loop = jnp.stack([jnp.stack([gradient(kernel[k], image[k, i]) for i in range(3)]) for k in range(2)])
@@ -239,7 +239,9 @@ def test_what_other_platforms_run_equals_what_the_cpu_runs(role, stacked):
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
 def test_lowers_for_platforms_that_are_not_here(platform):
     gradient = jax.vmap(jax.grad(lambda k, x: jnp.sum(conv(x[None], k))), (None, 0))
-    exported = jax.export.export(jax.jit(gradient), platforms=[platform])(normal(1, (3, 3, 2, 2)), normal(0, (4, 5, 5, 2)))
+    exported = jax.export.export(jax.jit(gradient), platforms=[platform])(
+        normal(1, (3, 3, 2, 2)), normal(0, (4, 5, 5, 2))
+    )
     assert "convolution" in exported.mlir_module()
 
 

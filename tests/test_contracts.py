@@ -1,0 +1,198 @@
+"""Every row of every registry obeys the contract of its type. A new row is tested the day it is registered.
+
+A row that cannot be built without settings gets them in `SETTINGS`; nothing else here names a row.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fedrobust import models
+from fedrobust.attacks import UPDATE_ATTACKS
+from fedrobust.data import PARTITIONS
+from fedrobust.defenses import AGGREGATORS
+from fedrobust.federated import BACKENDS, map_clients
+from fedrobust.models import BUILDERS, SPECS
+
+SETTINGS = {
+    "trimmed_mean": {"trim_fraction": 0.25},
+    "dirichlet": {"alpha": 0.3},
+    "quantity_skew": {"alpha": 0.3},
+    "sign_flip": {"scale": 3.0},
+}
+KEY = jax.random.key(0)
+NUM_CLIENTS = 6
+
+
+def shapes(tree):
+    return jax.tree.map(lambda x: (x.shape, jnp.asarray(x).dtype), tree)
+
+
+def bits(tree):
+    return [np.asarray(x).tobytes() for x in jax.tree.leaves(tree)]
+
+
+def updates(seed=0):
+    rng = np.random.default_rng(seed)
+    return {
+        "w": rng.normal(size=(NUM_CLIENTS, 2, 3)).astype(np.float32),
+        "b": rng.normal(size=(NUM_CLIENTS,)).astype(np.float32),
+    }
+
+
+WEIGHT = np.array([1, 0, 2, 1, 0, 0.5], np.float32)
+PARAMS = jax.tree.map(lambda x: x[0], updates())
+
+
+@functools.cache
+def aggregator(name):
+    built = AGGREGATORS[name](**SETTINGS.get(name, {}))
+    return built._replace(apply=jax.jit(built.apply))
+
+
+@pytest.mark.parametrize("name", AGGREGATORS)
+def test_an_aggregator_gives_one_update_like_the_parameters_and_keeps_the_kind_of_its_state(name):
+    rule = aggregator(name)
+    state = rule.init(PARAMS)
+    update, new, _ = rule.apply(KEY, state, updates(), WEIGHT)
+    assert shapes(update) == shapes(PARAMS)
+    assert shapes(new) == shapes(state)
+
+
+@pytest.mark.parametrize("name", AGGREGATORS)
+def test_an_aggregator_is_a_pure_function(name):
+    rule = aggregator(name)
+    first, again = (rule.apply(KEY, rule.init(PARAMS), updates(), WEIGHT) for _ in range(2))
+    assert bits(first) == bits(again)
+
+
+@pytest.mark.parametrize("name", AGGREGATORS)
+def test_an_aggregator_never_sees_absent_clients(name):
+    rule = aggregator(name)
+    results = []
+    for junk in (0, np.nan, np.inf, -1e38):
+        absent = jax.tree.map(lambda x, junk=junk: np.where((WEIGHT == 0).reshape(-1, *[1] * (x.ndim - 1)), junk, x), updates())
+        absent = jax.tree.map(lambda x: x.astype(np.float32), absent)
+        results.append(bits(rule.apply(KEY, rule.init(PARAMS), absent, WEIGHT)))
+    assert all(result == results[0] for result in results)
+
+
+@pytest.mark.parametrize("name", AGGREGATORS)
+def test_an_aggregator_does_not_mind_the_order_of_clients(name):
+    rule, order = aggregator(name), np.array([4, 2, 0, 5, 1, 3])
+    shuffled = jax.tree.map(lambda x: x[order], updates())
+    one, other = (rule.apply(KEY, rule.init(PARAMS), u, w)[0] for u, w in ((updates(), WEIGHT), (shuffled, WEIGHT[order])))
+    for x, y in zip(*map(jax.tree.leaves, (one, other)), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", AGGREGATORS)
+def test_an_aggregator_of_equal_updates_gives_that_update_and_of_nobody_zero(name):
+    rule = aggregator(name)
+    same = jax.tree.map(lambda x: np.repeat(x[:1], NUM_CLIENTS, 0), updates())
+    for weight, expected in ((WEIGHT, PARAMS), (0 * WEIGHT, jax.tree.map(np.zeros_like, PARAMS))):
+        update = rule.apply(KEY, rule.init(PARAMS), same, weight)[0]
+        for x, y in zip(*map(jax.tree.leaves, (update, expected)), strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("num_clients", [1, 7])
+@pytest.mark.parametrize("name", PARTITIONS)
+def test_a_partition_gives_every_example_to_one_client_and_repeats_itself(name, num_clients):
+    label = np.random.default_rng(1).integers(0, 4, 90)
+    first, again = (
+        PARTITIONS[name](np.random.default_rng(5), label, num_clients, min_size=3, **SETTINGS.get(name, {}))
+        for _ in range(2)
+    )
+    assert len(first) == num_clients
+    assert min(map(len, first)) >= 3
+    assert sorted(np.concatenate(first).tolist()) == list(range(90))
+    assert [part.tolist() for part in first] == [part.tolist() for part in again]
+    other = PARTITIONS[name](np.random.default_rng(6), label, num_clients, min_size=3, **SETTINGS.get(name, {}))
+    assert num_clients == 1 or [part.tolist() for part in first] != [part.tolist() for part in other]
+
+
+@pytest.mark.parametrize("name", PARTITIONS)
+def test_a_partition_refuses_more_clients_than_examples(name):
+    with pytest.raises(ValueError, match="^num_clients is 11: must be <= the number of examples, 10$"):
+        PARTITIONS[name](np.random.default_rng(0), np.arange(10) % 2, 11, min_size=1, **SETTINGS.get(name, {}))
+
+
+@pytest.mark.parametrize("name", UPDATE_ATTACKS)
+def test_an_update_attack_changes_malicious_rows_alone_and_is_pure(name):
+    attack = UPDATE_ATTACKS[name](**SETTINGS.get(name, {}))
+    sent, malicious = updates(), np.array([0, 1, 0, 0, 1, 0], bool)
+    sent["w"][0, 0, 0], sent["b"][2] = np.nan, -0.0
+    received, again = (jax.jit(attack)(KEY, sent, malicious) for _ in range(2))
+    assert shapes(received) == shapes(sent)
+    assert bits(received) == bits(again)
+    honest = [jax.tree.map(lambda x: np.asarray(x)[~malicious], tree) for tree in (sent, received)]
+    assert bits(honest[0]) == bits(honest[1])
+    for before, after in zip(*map(jax.tree.leaves, (sent, received)), strict=True):
+        assert (np.asarray(after)[malicious] != before[malicious]).all()
+    assert bits(attack(KEY, sent, np.zeros(NUM_CLIENTS, bool))) == bits(sent)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_backend_maps_a_pure_function_of_one_client_over_all(backend):
+    def fn(shared, client):
+        return {"dot": client["x"] @ shared, "twice": client["n"] * 2}
+
+    clients = {"x": updates()["w"], "n": np.arange(NUM_CLIENTS, dtype=np.int32)}
+    mapped = jax.jit(map_clients(fn, backend=backend))
+    first, again = (mapped(np.ones(3, np.float32), clients) for _ in range(2))
+    assert bits(first) == bits(again)
+    assert shapes(first) == {"dot": ((NUM_CLIENTS, 2), jnp.float32), "twice": ((NUM_CLIENTS,), jnp.int32)}
+    np.testing.assert_allclose(first["dot"], clients["x"].sum(axis=2), rtol=1e-5, atol=1e-6)
+    assert first["twice"].tolist() == [0, 2, 4, 6, 8, 10]
+
+
+SHAPE = (8, 8, 2)
+
+
+@functools.cache
+def model(name, builder):
+    return models.build(name, builder=builder, image_shape=SHAPE, num_classes=3, width=2)
+
+
+@functools.cache
+def made(name, builder):
+    """The model's parameters and its compiled function."""
+    built = model(name, builder)
+    return built.init(KEY, jnp.zeros((1, *SHAPE))), jax.jit(built.apply)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_builders_give_equal_trees_and_float32_logits_for_any_batch(name):
+    trees = []
+    for builder in BUILDERS:
+        built = model(name, builder)
+        params = jax.eval_shape(built.init, KEY, jax.ShapeDtypeStruct((1, *SHAPE), jnp.float32))
+        for size in (1, 5):
+            logits = jax.eval_shape(built.apply, params, jax.ShapeDtypeStruct((size, *SHAPE), jnp.float32))
+            assert (logits.shape, logits.dtype) == ((size, 3), jnp.float32)
+        assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype(jnp.float32)}
+        trees.append(shapes_of(params))
+    assert all(tree == trees[0] for tree in trees)
+
+
+def shapes_of(params):
+    return {jax.tree_util.keystr(path): x.shape for path, x in jax.tree_util.tree_leaves_with_path(params)}
+
+
+@pytest.mark.parametrize("builder", BUILDERS)
+@pytest.mark.parametrize("name", SPECS)
+def test_a_model_computes_every_row_from_its_own_image_and_is_pure(name, builder):
+    params, apply = made(name, builder)
+    image = np.random.default_rng(0).uniform(size=(2, *SHAPE)).astype(np.float32)
+    other = image.copy()
+    other[1] = np.nan
+    first, again, neighbour = (apply(params, x) for x in (image, image, other))
+    assert bits(first) == bits(again)
+    assert bits(first[0]) == bits(neighbour[0])
+    assert np.isfinite(first).all()
+    assert (first[0] != first[1]).any()
+    assert bits(model(name, builder).init(KEY, jnp.zeros((1, *SHAPE)))) == bits(params)
