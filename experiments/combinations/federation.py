@@ -13,7 +13,7 @@ import optax
 
 from experiments.combinations.settings import AT, Study
 from fedrobust import attacks, data, defenses, federated, losses, models, privacy
-from fedrobust.types import ClientUpdate, Cohort, Federated, GradFn, Loss, Model, Params
+from fedrobust.types import Attack, ClientUpdate, Cohort, Federated, GradFn, Loss, Model, Params
 
 Apply = Callable[[Params, jax.Array], jax.Array]
 
@@ -181,7 +181,12 @@ def example_loss(recipe: Recipe, apply: Apply, round: jax.Array) -> Loss:
     settings: AT = recipe.study.at
     warmup = max(1, math.ceil(settings.warmup * recipe.num_rounds))
     eps = settings.eps * jnp.minimum(1.0, (round + 1) / warmup)
-    attack = attacks.pgd(
+    return defenses.adversarial_loss(loss, apply, training_attack(settings, eps), clean_share=settings.clean_share)
+
+
+def training_attack(settings: AT, eps: float | jax.Array) -> Attack:
+    """The PGD inside adversarial training, at the radius `eps`."""
+    return attacks.pgd(
         norm="linf",
         eps=eps,
         step_size=settings.relative_step * eps,
@@ -189,4 +194,3 @@ def example_loss(recipe: Recipe, apply: Apply, round: jax.Array) -> Loss:
         random_start=True,
         keep_best=False,
     )
-    return defenses.adversarial_loss(loss, apply, attack, clean_share=settings.clean_share)

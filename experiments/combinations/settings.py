@@ -143,6 +143,9 @@ class Study:
     """Channels of its first convolution."""
     norm_groups: int = 8
     """Groups of every GroupNorm; the group is the unit of pruning, so more groups prune finer."""
+    calibrate: bool = True
+    """Two classes only: shift the decision threshold to the best balanced accuracy on val (clean; with AT, the mean of
+    clean and under the training attack)."""
     client_map: Literal["auto", "loop", "scan", "vmap", "pmap", "shard_map"] = "auto"
     """How clients are mapped over the machine; changes speed only."""
     checkpoint_every: float = 30.0

@@ -1,5 +1,6 @@
 """Training one model from its first round to its file, through kills."""
 
+import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.combinations import pruning
-from experiments.combinations.federation import RULES, Apply, Hospitals, Recipe, cohorts, federation
+from experiments.combinations.federation import (
+    RULES,
+    Apply,
+    Hospitals,
+    Recipe,
+    cohorts,
+    federation,
+    training_attack,
+)
+from experiments.combinations.settings import AT
 from fedrobust import compression, evaluation, federated, keys
 from fedrobust.types import Model, Params
 
@@ -93,7 +103,7 @@ def train(job: Job, model: Model, progress: Progress) -> Trained:
     start = _Saved(state, history, np.zeros(()))
     if not job.compress:
         done = _run_stage(job, "dense", algorithm, model.apply, start, None, job.recipe.num_rounds, key, progress)
-        return _trained(model.apply, done, None, None, None)
+        return _trained(job, model.apply, done, None, None, None)
 
     image = job.site.splits.val.image[:BATCH_SIZE]
     channels = pruning.channels(model, image.shape[1:])
@@ -103,14 +113,48 @@ def train(job: Job, model: Model, progress: Progress) -> Trained:
     small = federation(job.recipe, apply)
     start = dense._replace(state=small_state)
     done = _run_stage(job, "small", small, apply, start, None, job.recipe.num_rounds, key, progress)
-    return _trained(apply, done, channels, dense.state.mask, difference)
+    return _trained(job, apply, done, channels, dense.state.mask, difference)
 
 
 def _trained(
-    apply: Apply, done: _Saved, channels: compression.Channels | None, masks: Params | None, difference: float | None
+    job: Job,
+    apply: Apply,
+    done: _Saved,
+    channels: compression.Channels | None,
+    masks: Params | None,
+    difference: float | None,
 ) -> Trained:
     history = done.history[~np.isnan(done.history[:, 0])]
-    return Trained(apply, done.state.average, channels, masks, difference, history, float(done.seconds))
+    params = done.state.average
+    if job.recipe.study.calibrate and job.site.splits.val.num_classes == 2:
+        params = calibrated(job, apply, params)
+    return Trained(apply, params, channels, masks, difference, history, float(done.seconds))
+
+
+def calibrated(job: Job, apply: Apply, params: Params) -> Params:
+    """The same model with the bias of its last layer shifted to the best balanced accuracy on val.
+
+    Where training is adversarial the shift weighs clean images and those under the training attack alike.
+    """
+    val = job.site.splits.val
+    images = [val.image]
+    if job.recipe.at:
+        key = keys.stream(keys.root(job.seed), "calibrate")
+        images.append(_attacked(apply, job.recipe.study.at, params, key, val.image, val.label))
+    logits = [evaluation.predict(apply, params, image, BATCH_SIZE) for image in images]
+    margins = [x[:, 1] - x[:, 0] for x in logits]
+    if not np.isfinite(margins).all():
+        return params  # diverged: nothing to mend
+    (head,) = (name for name in params if name.startswith("dense"))
+    bias = params[head]["bias"] + jnp.asarray([0.0, evaluation.best_shift(margins, val.label)])
+    return {**params, head: {**params[head], "bias": bias}}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _attacked(
+    apply: Apply, settings: AT, params: Params, key: jax.Array, image: jax.Array, label: jax.Array
+) -> jax.Array:
+    return training_attack(settings, settings.eps)(key, lambda x: apply(params, x), image, label)
 
 
 def _chosen(state: federated.FederatedState, rule: str) -> federated.FederatedState:

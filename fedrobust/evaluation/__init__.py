@@ -3,5 +3,17 @@
 from fedrobust.evaluation.accuracy import Metrics, metrics, predict
 from fedrobust.evaluation.cost import Cost, cost, latencies
 from fedrobust.evaluation.robustness import Robustness, Threat, evaluate
+from fedrobust.evaluation.threshold import best_shift
 
-__all__ = ["Cost", "Metrics", "Robustness", "Threat", "cost", "evaluate", "latencies", "metrics", "predict"]
+__all__ = [
+    "Cost",
+    "Metrics",
+    "Robustness",
+    "Threat",
+    "best_shift",
+    "cost",
+    "evaluate",
+    "latencies",
+    "metrics",
+    "predict",
+]

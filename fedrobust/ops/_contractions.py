@@ -97,7 +97,7 @@ def _bind(role: str, first: jax.Array, second: jax.Array, *, geometry: Geometry,
 
 
 def _vary_like(x: jax.Array, other: jax.Array) -> jax.Array:
-    """`x`, marked as varying over the mesh axes that `other` varies over: `lax` does so by itself, primitives do not."""
+    """`x`, marked as varying over the mesh axes of `other`: `lax` does so by itself, primitives do not."""
     missing = tuple(jax.typeof(other).mat.varying - jax.typeof(x).mat.varying)
     return lax.pcast(x, missing, to="varying") if missing else x
 

@@ -11,8 +11,6 @@ from jax.sharding import PartitionSpec
 
 from fedrobust.ops import _contractions, conv
 
-KEY = jax.random.key(7)
-
 
 def lax_conv(image, kernel, *, strides=1, padding="SAME", kernel_dilation=1, groups=1):
     axes = image.ndim - 2
@@ -30,7 +28,8 @@ def lax_conv(image, kernel, *, strides=1, padding="SAME", kernel_dilation=1, gro
 
 
 def normal(stream, shape, dtype=jnp.float32):
-    return jax.random.normal(jax.random.fold_in(KEY, stream), shape, dtype)
+    # NumPy draws: jax.random would compile once per shape.
+    return jnp.asarray(np.random.default_rng(stream).standard_normal(shape), dtype)
 
 
 def squares(tree):
@@ -66,7 +65,7 @@ def cases(draw):
     return shapes, {"strides": strides, "padding": padding, "kernel_dilation": dilation, "groups": groups}
 
 
-@settings(max_examples=8)
+@settings(max_examples=10)
 @given(case=cases(), wide=st.booleans())
 def test_value_and_derivatives_equal_those_of_lax(case, wide):
     shapes, how = case
@@ -96,14 +95,15 @@ def stacks(how):
     return image, kernel
 
 
-@pytest.mark.parametrize("how", HOW, ids=str)
-@pytest.mark.parametrize("axes", [(0, None), (None, 0), (0, 0)], ids=str)
+@pytest.mark.parametrize(
+    ("how", "axes"), [(HOW[0], (0, None)), (HOW[0], (None, 0)), (HOW[0], (0, 0)), (HOW[1], (0, 0))], ids=str
+)
 def test_vmap_equals_loop(how, axes):
     operands = [x if axis == 0 else x[0] for x, axis in zip(stacks(how), axes, strict=True)]
     function = jax.jit(jax.grad(lambda image, kernel: jnp.sum(jnp.sin(conv(image, kernel, **how))), (0, 1)))
     got = jax.vmap(function, axes)(*operands)
     loop = [function(*(x[i] if a == 0 else x for x, a in zip(operands, axes, strict=True))) for i in range(3)]
-    assert_close(got, jax.tree.map(lambda *x: jnp.stack(x), *loop))
+    assert_close(got, jax.tree.map(lambda *x: np.stack(x), *loop))
 
 
 @pytest.mark.parametrize("how", HOW, ids=str)

@@ -7,10 +7,14 @@ from jax import lax
 
 from fedrobust.ops import avg_pool, max_pool
 
-KEY = jax.random.key(3)
+
+def normal(shape, dtype=jnp.float32):
+    # NumPy draws: jax.random would compile once per shape.
+    return jnp.asarray(np.random.default_rng(3).standard_normal(shape), dtype)
+
+
 SETTINGS = [
     ((2, 2), (2, 2), "VALID"),
-    ((2, 2), (2, 2), "SAME"),
     ((3, 3), (2, 2), "SAME"),
     ((3, 2), (1, 3), "VALID"),
     ((2, 3), (2, 1), ((1, 0), (0, 2))),
@@ -21,7 +25,7 @@ SETTINGS = [
 @pytest.mark.parametrize(("ours", "flax"), [(max_pool, nn.max_pool), (avg_pool, nn.avg_pool)], ids=["max", "avg"])
 def test_value_and_gradient_equal_those_of_flax(ours, flax, window, strides, padding):
     # Few distinct values: most windows hold a tie.
-    image = jnp.round(jax.random.normal(KEY, (2, 7, 5, 3)))
+    image = jnp.round(normal((2, 7, 5, 3)))
 
     def both(pool):
         loss = lambda image: jnp.sum(jnp.sin(pool(image, window, strides, padding) + jnp.arange(3)))  # noqa: E731
@@ -54,8 +58,8 @@ def test_nan_anywhere_in_a_window_is_its_maximum_as_in_lax(place):
 
 def test_one_and_three_axes_and_double_precision():
     with jax.enable_x64(True):
-        line = jax.random.normal(KEY, (2, 9, 3), jnp.float64)
-        volume = jax.random.normal(KEY, (2, 4, 5, 3, 2), jnp.float64)
+        line = normal((2, 9, 3), jnp.float64)
+        volume = normal((2, 4, 5, 3, 2), jnp.float64)
         for image in (line, volume):
             window = (2,) * (image.ndim - 2)
             got = max_pool(image, window)
@@ -64,9 +68,9 @@ def test_one_and_three_axes_and_double_precision():
 
 
 def test_vmap_and_second_order_equal_loop():
-    images = jax.random.normal(KEY, (3, 2, 4, 4, 2))
+    images = normal((3, 2, 4, 4, 2))
     loss = lambda image: jnp.sum(max_pool(image, (2, 2)) ** 3)  # noqa: E731
-    second = jax.grad(lambda image: jnp.sum(jax.grad(loss)(image) ** 2))
+    second = jax.jit(jax.grad(lambda image: jnp.sum(jax.grad(loss)(image) ** 2)))
     np.testing.assert_allclose(jax.vmap(second)(images), jnp.stack([second(image) for image in images]), rtol=1e-5)
 
 

@@ -1,0 +1,184 @@
+"""A study from its command to its files, killed on the way and resumed."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from experiments.combinations import study as study_module
+from experiments.display import Display
+from experiments.run import main
+from fedrobust import reporting
+from fedrobust.models import SPECS
+from fedrobust.models.spec import Conv, Dense, GlobalPool, Norm, Relu
+
+COMMAND = (
+    "quickstart --scale smoke --combinations plain dp+at+mc --out out --width 8 --checkpoint-every 0 "
+    "--train.num-rounds 3 --train.num-steps 1 --train.batch-size 8 --dp.num-rounds 5 --dp.sampling-rate 0.05 "
+    "--attack.eps 0.1 --attack.num-steps 2"
+).split()
+FIGURES = ("accuracy_against_radius.png", "trade_off.png", "training_curves.png")
+MODELS = ("models/plain-seed0.safetensors", "models/dp+at+mc-seed0.safetensors")
+FILES = ("config.json", "rows.jsonl", "table.md", "table.tex", *FIGURES, *MODELS)
+
+
+class Killed(BaseException):
+    """Not an `Exception`: nothing that merely handles errors may swallow a kill."""
+
+
+def tiny(*, num_classes, width, groups):
+    """One convolution in place of the architecture: a study's course does not depend on it, its time does."""
+    return (Conv(width), Norm(max(1, min(groups, width // 2))), Relu(), GlobalPool(), Dense(num_classes))
+
+
+@pytest.fixture
+def watched(monkeypatch, quick_compiler):
+    """Runs `COMMAND` in a folder: tells the phases it went through, and kills it at a given one."""
+    monkeypatch.setitem(SPECS, "small_cnn", tiny)
+
+    def run(folder, kill_at=None):
+        folder.mkdir(exist_ok=True)
+        monkeypatch.chdir(folder)  # the same relative --out, so that nothing is compiled twice
+        seen = []
+
+        class Watching(Display):
+            def row(self, name):
+                of_row = super().row(name)
+
+                def phase(title):
+                    of_phase = of_row(title)
+
+                    def report(done, total, figures):
+                        of_phase(done, total, figures)
+                        seen.append((name.partition(",")[0], title, done))
+                        if seen[-1] == kill_at:
+                            raise Killed
+
+                    return report
+
+                return phase
+
+        monkeypatch.setattr(study_module, "Display", Watching)
+        if kill_at is None:
+            assert main(COMMAND) == 0
+        else:
+            with pytest.raises(Killed):
+                main(COMMAND)
+        return seen
+
+    return run
+
+
+def timeless(row):
+    """A row without what a clock had a say in."""
+    size = {name: value for name, value in row["size"].items() if not name.startswith("latency_ms")}
+    return {**row, "size": size, "train_seconds": None}
+
+
+def test_a_study_killed_twice_and_resumed_leaves_what_an_unbroken_one_leaves(watched, tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    phases = watched(whole)
+    rows = reporting.read(whole / "out" / "rows.jsonl")
+    check_rows(rows)
+    check_files(whole / "out", rows)
+
+    first = watched(broken, kill_at=("dp+at+mc", "training", 2))  # while the model is pruned
+    assert (broken / "out" / "work").exists()
+    plain_line = (broken / "out" / "rows.jsonl").read_bytes()
+    assert plain_line.count(b"\n") == 1
+    second = watched(broken, kill_at=("dp+at+mc", "poisoned, trimmed mean", 4))  # when it is small
+    third = watched(broken)
+    assert first + second + third != phases
+    assert first[: first.index(("dp+at+mc", "training", 1))] == phases[: phases.index(("dp+at+mc", "training", 1))]
+    assert {name for name, *_ in second + third} == {"dp+at+mc"}  # the finished row is skipped
+    assert second[0] == ("dp+at+mc", "training", 2)  # from the checkpoint, not from the start
+    trained_again = [phase for phase in third if phase[1] != "evaluation"]
+    assert trained_again == [("dp+at+mc", "poisoned, trimmed mean", done) for done in (4, 5)]
+
+    resumed = reporting.read(broken / "out" / "rows.jsonl")
+    assert (broken / "out" / "rows.jsonl").read_bytes().startswith(plain_line)
+    assert [timeless(row) for row in resumed] == [timeless(row) for row in rows]
+    for model in MODELS:
+        assert (broken / "out" / model).read_bytes() == (whole / "out" / model).read_bytes()
+    check_files(broken / "out", resumed)
+
+    before = (broken / "out" / "rows.jsonl").read_bytes()
+    assert watched(broken) == []  # all done: nothing is trained, only reported again
+    assert (broken / "out" / "rows.jsonl").read_bytes() == before
+
+
+def check_rows(rows):
+    """All fields, and the figures that can be known beforehand."""
+    assert [row["combination"] for row in rows] == [
+        {"dp": False, "at": False, "mc": False},
+        {"dp": True, "at": True, "mc": True},
+    ]
+    for row in rows:
+        reporting.validate(row)
+        assert row["experiment"] == "quickstart"
+        assert row["config_hash"] == reporting.config_hash(row["config"])
+        assert {entry["eps"] for entry in row["robust"].values()} == {0.1}
+        assert {name.partition("_")[0] for name in row["robust"]} >= {"fgsm", "pgd2"}
+        assert row["poisoned"]["malicious_share"] == 0.2
+        for rule in ("mean", "trimmed_mean"):
+            assert 0 <= row["poisoned"][rule]["accuracy"] <= 1
+        for figure in ("accuracy", "balanced_accuracy", "auc"):
+            assert 0 <= row["clean"][figure] <= 1
+        assert row["history"]["round"] == list(range(1, row["history"]["round"][-1] + 1))
+        assert all(math.isfinite(loss) for loss in row["history"]["loss"])
+        assert row["train_seconds"] > 0
+        assert row["size"]["latency_ms"] > 0
+    plain, private = rows
+    assert plain["privacy"] is None
+    assert plain["masked_minus_shrunk"] is None
+    assert plain["history"]["round"][-1] == 3
+    assert (plain["size"]["parameters"], plain["size"]["parameters_ratio"]) == (3 * 3 * 8 + 2 * 8 + 8 * 10 + 10, 1)
+    assert 7.5 < private["privacy"]["epsilon"] <= 8
+    expected = {"unit": "record", "relation": "add_or_remove_one", "sampling": "poisson", "delta": 1e-3}
+    assert expected.items() <= private["privacy"].items()
+    assert private["history"]["round"][-1] == 5
+    assert private["size"]["parameters"] == 3 * 3 * 4 + 2 * 4 + 4 * 10 + 10  # half the channels
+    assert private["size"]["bytes"] < plain["size"]["bytes"]
+    assert private["size"]["flops_ratio"] < 0.6
+    assert 0 <= private["masked_minus_shrunk"] <= 1e-5
+
+
+def check_files(out, rows):
+    """Everything that was promised, and no remains."""
+    assert {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()} == set(FILES)
+    for figure in FIGURES:
+        assert (out / figure).read_bytes().startswith(b"\x89PNG\r\n")
+    for row, model in zip(rows, MODELS, strict=True):
+        assert (out / model).stat().st_size == row["size"]["bytes"]
+    for line in (out / "rows.jsonl").read_text().splitlines():
+        assert "NaN" not in line
+        json.loads(line)
+    accuracy = f"{100 * rows[0]['clean']['accuracy']:.1f}"
+    for table in ("table.md", "table.tex"):
+        assert accuracy in (out / table).read_text()
+
+
+def test_a_folder_is_refused_to_the_same_study_with_another_setting(tmp_path, monkeypatch, capsys):
+    """What a first run leaves behind is what a second one is compared with."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(study_module, "make_row", lambda *arguments: pytest.fail("trained"))
+    first = "quickstart --out out --combinations plain".split()
+    with pytest.raises(pytest.fail.Exception):
+        main(first)
+    capsys.readouterr()
+    left = sorted(tmp_path.rglob("*"))
+    assert main([*first, "--dp.epsilon", "4"]) == 2
+    assert capsys.readouterr().err == "error: --out is out: it holds rows with another dp; must be another folder\n"
+    assert sorted(tmp_path.rglob("*")) == left
+    with pytest.raises(pytest.fail.Exception):  # rows of other seeds and combinations may join
+        main([*first, "--seeds", "3", "--client-map", "vmap"])
+
+
+def test_silos_share_out_the_training_split_and_nothing_else():
+    from experiments.combinations.federation import hospitals
+    from experiments.run import parse
+
+    site = hospitals(parse(["quickstart"]), seed=0)
+    assert len(site.parts) == 5
+    assert sorted(np.concatenate(site.parts).tolist()) == list(range(len(site.splits.train.label)))
