@@ -74,7 +74,9 @@ def test_an_aggregator_never_sees_absent_clients(name):
     rule = aggregator(name)
     results = []
     for junk in (0, np.nan, np.inf, -1e38):
-        absent = jax.tree.map(lambda x, junk=junk: np.where((WEIGHT == 0).reshape(-1, *[1] * (x.ndim - 1)), junk, x), updates())
+        absent = jax.tree.map(
+            lambda x, junk=junk: np.where((WEIGHT == 0).reshape(-1, *[1] * (x.ndim - 1)), junk, x), updates()
+        )
         absent = jax.tree.map(lambda x: x.astype(np.float32), absent)
         results.append(bits(rule.apply(KEY, rule.init(PARAMS), absent, WEIGHT)))
     assert all(result == results[0] for result in results)
@@ -84,7 +86,9 @@ def test_an_aggregator_never_sees_absent_clients(name):
 def test_an_aggregator_does_not_mind_the_order_of_clients(name):
     rule, order = aggregator(name), np.array([4, 2, 0, 5, 1, 3])
     shuffled = jax.tree.map(lambda x: x[order], updates())
-    one, other = (rule.apply(KEY, rule.init(PARAMS), u, w)[0] for u, w in ((updates(), WEIGHT), (shuffled, WEIGHT[order])))
+    one, other = (
+        rule.apply(KEY, rule.init(PARAMS), u, w)[0] for u, w in ((updates(), WEIGHT), (shuffled, WEIGHT[order]))
+    )
     for x, y in zip(*map(jax.tree.leaves, (one, other)), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
 
@@ -117,7 +121,7 @@ def test_a_partition_gives_every_example_to_one_client_and_repeats_itself(name, 
 
 @pytest.mark.parametrize("name", PARTITIONS)
 def test_a_partition_refuses_more_clients_than_examples(name):
-    with pytest.raises(ValueError, match="^num_clients is 11: must be <= the number of examples, 10$"):
+    with pytest.raises(ValueError, match=r"^num_clients is 11: must be <= the number of examples, 10$"):
         PARTITIONS[name](np.random.default_rng(0), np.arange(10) % 2, 11, min_size=1, **SETTINGS.get(name, {}))
 
 

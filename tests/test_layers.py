@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-MODULES = sorted(path.relative_to(ROOT) for room in ("fedrobust", "experiments") for path in (ROOT / room).rglob("*.py"))
+MODULES = sorted(
+    path.relative_to(ROOT) for room in ("fedrobust", "experiments") for path in (ROOT / room).rglob("*.py")
+)
 FOUNDATION = {"types", "keys", "trees", "losses", "check", "ops"}
 LAYERS = [
     FOUNDATION,

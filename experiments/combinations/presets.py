@@ -6,7 +6,7 @@ python -m experiments.run combinations --dataset pneumonia_mnist      # the pape
 
 from dataclasses import replace
 
-from experiments.combinations.settings import AT, DP, MC, Attack, Scale, Study, Training
+from experiments.combinations.settings import AT, DP, MC, Attack, Poison, Scale, Study, Training
 
 # Settings were chosen on the val split, seed 0.
 _DIGITS = Study(
@@ -28,7 +28,14 @@ _DIGITS = Study(
     attack=Attack(eps=(0.04, 0.08, 0.12)),
 )
 
-_PNEUMONIA = Study(model="resnet9", width=16)
+_PNEUMONIA = Study(
+    model="resnet9",
+    width=16,
+    train=Training(num_rounds=14),
+    dp=DP(num_rounds=120),
+    at=AT(clean_share=0.2, warmup=0.4),
+    poison=Poison(rounds_share=0.5),
+)
 
 
 def preset(name: str, dataset: str, scale: Scale) -> Study:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import os
 import platform
 from collections.abc import Callable
@@ -81,12 +82,13 @@ def make_row(
     work, path = out / "work" / name, out / "models" / f"{name}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
 
-    def run(phase: str, malicious: tuple[int, ...], rule: str) -> Trained:
+    def run(phase: str, num_rounds: int, malicious: tuple[int, ...], rule: str) -> Trained:
         folder = work / phase.replace(" ", "_").replace(",", "")
-        return train(Job(recipe, site, seed, combination.mc, malicious, rule, folder), model, progress(phase))
+        job = Job(recipe, site, seed, num_rounds, combination.mc, malicious, rule, folder)
+        return train(job, model, progress(phase))
 
-    trained = run("training", (), "mean")
-    poisoned = _poisoned(study, site, run)
+    trained = run("training", recipe.num_rounds, (), "mean")
+    poisoned = _poisoned(study, site, math.ceil(study.poison.rounds_share * recipe.num_rounds), run)
     progress("evaluation")(0, 1, {})
     guarantee = None if recipe.plan is None else dataclasses.asdict(recipe.plan)
     final = finish(model, trained, path, guarantee, test.image[:BATCH_SIZE])
@@ -158,16 +160,20 @@ def _pgd(settings: AttackSettings) -> Callable[[jax.Array], Attack]:
 
 
 def _poisoned(
-    study: Study, site: Hospitals, run: Callable[[str, tuple[int, ...], str], Trained]
+    study: Study, site: Hospitals, num_rounds: int, run: Callable[[str, int, tuple[int, ...], str], Trained]
 ) -> dict[str, Any] | None:
     """Accuracy on test after training with dishonest clients, averaged plainly and by the robust rule."""
     share = study.poison.malicious_share
     malicious = tuple(range(study.clients - round(share * study.clients), study.clients))
     if not malicious:
         return None
-    entry: dict[str, Any] = {"attack": "sign_flip", "malicious_share": len(malicious) / study.clients}
+    entry: dict[str, Any] = {
+        "attack": "sign_flip",
+        "malicious_share": len(malicious) / study.clients,
+        "rounds_share": study.poison.rounds_share,
+    }
     for rule, name in zip(RULES, ("mean", study.poison.rule), strict=True):
-        trained = run(f"poisoned, {name.replace('_', ' ')}", malicious, rule)
+        trained = run(f"poisoned, {name.replace('_', ' ')}", num_rounds, malicious, rule)
         test = site.splits.test
         found = evaluation.metrics(
             evaluation.predict(trained.apply, _as_served(trained), test.image, BATCH_SIZE), test.label

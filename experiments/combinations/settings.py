@@ -77,11 +77,11 @@ class AT:
 class MC:
     """Model compression: structured pruning during training, then int8 weights."""
 
-    sparsity: float = 0.5
+    sparsity: float = 0.625
     """Share of the channels of every layer that is removed, in [0, 1)."""
-    begin: float = 0.1
+    begin: float = 0.03
     """Pruning begins after this share of the rounds."""
-    end: float = 0.4
+    end: float = 0.15
     """Pruning is complete, and the model physically smaller, after this share."""
     num_events: int = 4
     """Times the masks are renewed in between (cubic schedule)."""
@@ -97,6 +97,8 @@ class Poison:
     """They send minus this times their honest update."""
     rule: Literal["coordinate_median", "trimmed_mean"] = "trimmed_mean"
     """The robust rule that plain averaging is compared with; the trimmed mean trims the malicious share."""
+    rounds_share: float = 1.0
+    """Poisoned trainings stop after this share of the rounds; above mc.end."""
 
 
 @dataclass(frozen=True)
@@ -201,13 +203,22 @@ class Study:
         check.fraction("--at.warmup", self.at.warmup)
         check.fraction("--mc.sparsity", self.mc.sparsity, one=False)
         check.require(
-            0 <= self.mc.begin < self.mc.end <= 1, "--mc.begin", self.mc.begin, f"in [0, --mc.end = {self.mc.end}) <= 1"
+            0 <= self.mc.begin < self.mc.end < 1,
+            "--mc.begin",
+            self.mc.begin,
+            f"in [0, --mc.end = {self.mc.end}), that < 1",
         )
         check.require(
             0 <= self.poison.malicious_share < 0.5,
             "--poison.malicious-share",
             self.poison.malicious_share,
             "in [0, 0.5)",
+        )
+        check.require(
+            self.mc.end < self.poison.rounds_share <= 1,
+            "--poison.rounds-share",
+            self.poison.rounds_share,
+            f"in (--mc.end = {self.mc.end}, 1]",
         )
         check.require(len(self.attack.eps) > 0, "--attack.eps", self.attack.eps, "at least one radius")
         for eps in self.attack.eps:

@@ -68,6 +68,7 @@ class Job(NamedTuple):
         recipe: how.
         site: on what.
         seed: of initialisation, batches, noise and attacks.
+        num_rounds: when to stop, at most the recipe's rounds, which the schedules run over.
         compress: whether to prune.
         malicious: ids of dishonest clients.
         rule: "mean" or "rule", which aggregator is in force.
@@ -77,6 +78,7 @@ class Job(NamedTuple):
     recipe: Recipe
     site: Hospitals
     seed: int
+    num_rounds: int
     compress: bool
     malicious: tuple[int, ...]
     rule: str
@@ -102,7 +104,7 @@ def train(job: Job, model: Model, progress: Progress) -> Trained:
     history = np.full((HISTORY_POINTS + 2, 3), np.nan)
     start = _Saved(state, history, np.zeros(()))
     if not job.compress:
-        done = _run_stage(job, "dense", algorithm, model.apply, start, None, job.recipe.num_rounds, key, progress)
+        done = _run_stage(job, "dense", algorithm, model.apply, start, None, job.num_rounds, key, progress)
         return _trained(job, model.apply, done, None, None, None)
 
     image = job.site.splits.val.image[:BATCH_SIZE]
@@ -112,7 +114,7 @@ def train(job: Job, model: Model, progress: Progress) -> Trained:
     apply, small_state, difference = pruning.shrink(model, channels, dense.state, image)
     small = federation(job.recipe, apply)
     start = dense._replace(state=small_state)
-    done = _run_stage(job, "small", small, apply, start, None, job.recipe.num_rounds, key, progress)
+    done = _run_stage(job, "small", small, apply, start, None, job.num_rounds, key, progress)
     return _trained(job, apply, done, channels, dense.state.mask, difference)
 
 
@@ -177,7 +179,7 @@ def _run_stage(
     folder = job.folder / name
     found = federated.latest(folder, start)
     saved = start if found is None else found[1]
-    total = job.recipe.num_rounds
+    total = job.num_rounds
     every = max(1, -(-total // HISTORY_POINTS))
     draw = cohorts(job.recipe, job.site, job.seed, job.malicious)
     began, last_saved = time.perf_counter(), time.perf_counter()

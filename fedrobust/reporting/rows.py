@@ -20,8 +20,8 @@ Row = dict[str, Any]
 - `clean`: `accuracy`, `balanced_accuracy`, `auc` (or None), `degenerate`
 - `robust`: by name such as `pgd20_linf_0.031`: `accuracy`, `balanced_accuracy`, `degenerate`, `norm`, `eps`, `steps`,
   `restarts`
-- `poisoned`: None, or `attack`, `malicious_share`, then `mean` and one robust rule by its name, each with `accuracy`
-  and `balanced_accuracy`
+- `poisoned`: None, or `attack`, `malicious_share`, `rounds_share` (of the rounds it was trained for), then `mean` and
+  one robust rule by its name, each with `accuracy` and `balanced_accuracy`
 - `size`: `parameters`, `bytes`, `flops`, `latency_ms`, and each `_ratio`: this model over the dense float32 one
 - `privacy`: None, or at least `epsilon`, `delta`, `unit`, `relation`, `sampling`
 - `history`: `round`, `loss`, `val_accuracy`: lists of one length
@@ -36,7 +36,7 @@ FIELDS: Mapping[str, tuple[str, ...]] = {
     "config_hash": (),
     "clean": ("accuracy", "balanced_accuracy", "auc", "degenerate"),
     "robust": (),
-    "poisoned": ("attack", "malicious_share", "mean"),
+    "poisoned": ("attack", "malicious_share", "rounds_share", "mean"),
     "size": tuple(
         name + suffix for name in ("parameters", "bytes", "flops", "latency_ms") for suffix in ("", "_ratio")
     ),

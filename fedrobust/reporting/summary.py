@@ -7,6 +7,9 @@ import numpy as np
 
 from fedrobust.reporting.rows import Row
 
+NOT_RULES = ("attack", "malicious_share", "rounds_share", "mean")
+"""What a row's `poisoned` holds beside the one robust rule."""
+
 
 class Combination(NamedTuple):
     """Whether differential privacy (DP), adversarial training (AT), model compression (MC) took part."""
@@ -81,7 +84,7 @@ def norm_text(norm: str) -> str:
 
 def robust_rule(row: Row) -> str | None:
     """The name of the robust rule a row was poisoned under."""
-    names = [name for name in row["poisoned"] or {} if name not in ("attack", "malicious_share", "mean")]
+    names = [name for name in row["poisoned"] or {} if name not in NOT_RULES]
     return names[0] if names else None
 
 

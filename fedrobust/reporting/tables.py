@@ -169,6 +169,10 @@ def _notes(rows: Sequence[Row]) -> list[str]:
     poisonings = dict.fromkeys(
         f"{100 * row['poisoned']['malicious_share']:.3g} % malicious clients ({_words(row['poisoned']['attack'])}), by"
         f" mean and by {_words(summary.robust_rule(row))} (rule)"
+        + (
+            f", stopped after {row['poisoned']['rounds_share']:.0%} of the rounds"
+            * (row["poisoned"]["rounds_share"] < 1)
+        )
         for row in rows
         if row["poisoned"]
     )

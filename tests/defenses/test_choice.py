@@ -73,5 +73,5 @@ def test_a_choice_out_of_range_is_clamped(index, used):
 
 
 def test_choosing_among_nothing_is_refused():
-    with pytest.raises(ValueError, match="^the number of aggregators is 0"):
+    with pytest.raises(ValueError, match=r"^the number of aggregators is 0"):
         choice()

@@ -43,7 +43,8 @@ def test_presets_by_hand():
 def test_every_setting_can_be_overridden_and_is_typed():
     line = (
         "quickstart --dp.epsilon 4 --dp.num-rounds 7 --seeds 3 1 --combinations plain dp+mc --clients 9 --out there "
-        "--attack.eps 0.1 0.2 --train.learning-rate 1e-2 --client-map pmap --mc.sparsity 0 --poison.rule coordinate_median"
+        "--attack.eps 0.1 0.2 --train.learning-rate 1e-2 --client-map pmap --mc.sparsity 0 "
+        "--poison.rule coordinate_median"
     )
     study = parse(line.split())
     assert (study.dp.epsilon, study.dp.num_rounds, study.mc.sparsity) == (4.0, 7, 0.0)
@@ -56,7 +57,7 @@ def test_every_setting_can_be_overridden_and_is_typed():
 
 
 def test_an_override_beats_the_preset_of_the_scale():
-    study = parse("quickstart --scale smoke --train.num-rounds 9".split())
+    study = parse(["quickstart", "--scale", "smoke", "--train.num-rounds", "9"])
     assert study.train.num_rounds == 9
     assert study.width == preset("quickstart", "digits", "smoke").width
 

@@ -176,7 +176,7 @@ def test_the_average_by_hand(decay):
 
 @pytest.mark.parametrize("decay", [-0.1, 1.0, 2.0, np.nan])
 def test_a_bad_decay_is_named(decay):
-    with pytest.raises(ValueError, match="^average_decay is "):
+    with pytest.raises(ValueError, match=r"^average_decay is "):
         build(average_decay=decay)
 
 

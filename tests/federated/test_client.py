@@ -114,7 +114,9 @@ def test_a_skipped_batch_draws_and_moves_nothing_and_a_counted_one_does():
         return {"w": jax.random.normal(key, params["w"].shape), "b": jnp.zeros(3)}, ()
 
     batches = make_batch(5, np.zeros(STEPS.shape), STEPS.shape)
-    skipped, counted = (local_update(noise, optax.sgd(1.0), skip_empty=s)(KEY, PARAMS, batches)[0] for s in (True, False))
+    skipped, counted = (
+        local_update(noise, optax.sgd(1.0), skip_empty=s)(KEY, PARAMS, batches)[0] for s in (True, False)
+    )
     assert not any(np.any(x) for x in jax.tree.leaves(skipped))
     steps = [jax.random.normal(jax.random.fold_in(KEY, s), (4, 3)) for s in range(len(STEPS))]
     np.testing.assert_allclose(counted["w"], -np.sum(steps, axis=0), rtol=1e-4, atol=1e-5)

@@ -47,7 +47,9 @@ def private_robust_round(backend):
     attack = attacks.pgd(norm="linf", eps=0.1, step_size=0.05, num_steps=1, random_start=True, keep_best=False)
     loss = defenses.adversarial_loss(losses.cross_entropy(apply), apply, attack, clean_share=0.0)
     clipped = privacy.clipped_grad(loss, clip_norm=1.0)
-    gradient = privacy.private_grad(clipped, noise_multiplier=0.5, relation="add_or_remove_one", expected_batch_size=3.0)
+    gradient = privacy.private_grad(
+        clipped, noise_multiplier=0.5, relation="add_or_remove_one", expected_batch_size=3.0
+    )
     algorithm = federated.fedavg(
         lambda round: federated.local_update(gradient, optax.sgd(1.0), skip_empty=False),
         defenses.mean(),
@@ -65,7 +67,9 @@ def cohort(order=range(NUM_CLIENTS)):
     weight = np.array([1, 2, 0, 0.5, 1], np.float32)
     image[~mask] = np.nan
     image[ABSENT] = np.nan
-    whole = Cohort(np.arange(10, 10 + NUM_CLIENTS, dtype=np.int32), weight, np.zeros(5, bool), Batch(image, label, mask))
+    whole = Cohort(
+        np.arange(10, 10 + NUM_CLIENTS, dtype=np.int32), weight, np.zeros(5, bool), Batch(image, label, mask)
+    )
     return jax.tree.map(lambda x: x[list(order)], whole)
 
 

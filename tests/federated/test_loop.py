@@ -57,7 +57,9 @@ def bits(tree):
 
 def compilations(caplog):
     """Compiled programs that bear the name of a round."""
-    return [r.getMessage() for r in caplog.records if r.getMessage().startswith("Compiling") and "round" in r.getMessage()]
+    return [
+        r.getMessage() for r in caplog.records if r.getMessage().startswith("Compiling") and "round" in r.getMessage()
+    ]
 
 
 @pytest.mark.parametrize(("private", "backend"), [(True, "scan"), (False, "shard_map"), (False, "pmap")])

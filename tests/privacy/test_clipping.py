@@ -187,7 +187,9 @@ def test_padding_is_nothing_whatever_it_holds(microbatch_size):
 def test_blank_padding_by_hand():
     image = np.full((2, 1, 1, 1), np.nan, np.float32)
     image[1] = 0.5
-    batch, weight = blank_padding(Batch(image, jnp.asarray([7, 1]), jnp.asarray([False, True])), jnp.asarray([1.0, 0.5]))
+    batch, weight = blank_padding(
+        Batch(image, jnp.asarray([7, 1]), jnp.asarray([False, True])), jnp.asarray([1.0, 0.5])
+    )
     assert batch.image.ravel().tolist() == [0, 0.5]
     assert batch.label.tolist() == [0, 1]
     assert weight.tolist() == [0, 0.5]
@@ -273,7 +275,9 @@ def test_sensitivity_is_reached_and_never_exceeded_by_neighbours():
 
 
 def test_an_unknown_relation_is_refused_by_name():
-    with pytest.raises(ValueError, match=r"^relation is 'swap': must be one of add_or_remove_one, replace_one, zero_out$"):
+    with pytest.raises(
+        ValueError, match=r"^relation is 'swap': must be one of add_or_remove_one, replace_one, zero_out$"
+    ):
         clipped_grad(LINEAR, clip_norm=1.0).sensitivity("swap")
 
 

@@ -64,5 +64,5 @@ def test_weights_are_in_the_unit_interval_and_the_rarest_class_has_one(epsilon):
 
 @pytest.mark.parametrize("epsilon", [0, -1.0, np.inf, np.nan])
 def test_a_bad_epsilon_is_named(epsilon):
-    with pytest.raises(ValueError, match="^histogram_epsilon is "):
+    with pytest.raises(ValueError, match=r"^histogram_epsilon is "):
         private_class_weight(np.random.default_rng(0), np.ones((1, 2)), histogram_epsilon=epsilon)

@@ -40,6 +40,7 @@ def make_row(dp=False, at=False, mc=False, seed=0):
         "poisoned": {
             "attack": "sign_flip",
             "malicious_share": 0.2,
+            "rounds_share": 1.0,
             "mean": {"accuracy": 0.5, "balanced_accuracy": 0.5},
             "trimmed_mean": {"accuracy": clean - 0.02, "balanced_accuracy": clean - 0.04},
         },
