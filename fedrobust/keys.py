@@ -9,11 +9,20 @@ import zlib
 
 import jax
 
+from fedrobust import check
 from fedrobust.types import Key
 
 
 def root(seed: int) -> Key:
-    """The root key of a run. Args: seed: any Python int that fits 64 bits."""
+    """The root key of a run.
+
+    Args:
+        seed: in [0, 2**32): with JAX's default 32-bit integers a larger one would equal a smaller.
+
+    Raises:
+        ValueError: seed out of range.
+    """
+    check.require(0 <= seed < 2**32, "seed", seed, "in [0, 2**32)")
     return jax.random.key(seed)
 
 

@@ -17,6 +17,11 @@ from fedrobust.types import Attack, ClientUpdate, Cohort, Federated, GradFn, Los
 
 Apply = Callable[[Params, jax.Array], jax.Array]
 
+# Purposes of host generators, beyond those of `fedrobust.data`: NumPy takes [s, 1] and [s, 1, 0] for one seed.
+_PARTITION, _LABEL_COUNTS = 101, 102
+
+_plan = functools.lru_cache(maxsize=8)(privacy.make_plan)  # a search of seconds, the same for all rows of a study
+
 RULES = ("mean", "rule")
 """What the aggregator can be switched between without compiling again: plain averaging, the study's robust rule."""
 
@@ -58,7 +63,7 @@ def hospitals(study: Study, seed: int) -> Hospitals:
     """Loads the data and shares it out."""
     splits = data.load(study.dataset, data_dir=study.data_dir)
     options = {"alpha": study.alpha} if study.partition in ("dirichlet", "quantity_skew") else {}
-    rng = np.random.default_rng([seed, 1])
+    rng = np.random.default_rng([seed, _PARTITION])
     parts = data.PARTITIONS[study.partition](rng, splits.train.label, study.clients, min_size=1, **options)
     return Hospitals(splits, parts)
 
@@ -81,7 +86,7 @@ def make_recipe(study: Study, seed: int, site: Hospitals, *, dp: bool, at: bool)
     if not dp:
         return Recipe(study, dp, at, None, (), 0.0)
     shape = data.cohort_shape(cohort_settings(study, dp), [len(part) for part in site.parts])
-    plan = privacy.make_plan(
+    plan = _plan(
         unit="record",
         epsilon=study.dp.epsilon,
         delta=study.dp.delta,
@@ -95,7 +100,7 @@ def make_recipe(study: Study, seed: int, site: Hospitals, *, dp: bool, at: bool)
         label, num_classes = site.splits.train.label, site.splits.train.num_classes
         counts = np.stack([np.bincount(label[part], minlength=num_classes) for part in site.parts])
         weight = privacy.private_class_weight(
-            np.random.default_rng([seed, 2]), counts, histogram_epsilon=study.dp.histogram_epsilon
+            np.random.default_rng([seed, _LABEL_COUNTS]), counts, histogram_epsilon=study.dp.histogram_epsilon
         )
         class_weight = tuple(weight.tolist())
     nominal = len(site.splits.train.label) / len(site.parts)

@@ -166,13 +166,22 @@ class Study:
     """Attacks at inference time."""
 
     def __post_init__(self) -> None:
-        """Checks every setting: one line per error, under the name it has on the command line."""
+        """Checks every setting.
+
+        Raises:
+            ValueError: one line, under the name the setting has on the command line.
+        """
+        self._check_study()
+        self._check_groups()
+
+    def _check_study(self) -> None:
         for name in ("combinations", "seeds"):
-            check.require(len(getattr(self, name)) > 0, f"--{name}", getattr(self, name), "at least one")
+            values = getattr(self, name)
+            check.require(0 < len(values) == len(set(values)), f"--{name}", values, "at least one, none twice")
         for combination in self.combinations:
             check.one_of("--combinations", combination, COMBINATIONS)
         for seed in self.seeds:
-            check.at_least("--seeds", seed, 0)
+            check.require(0 <= seed < 2**32, "--seeds", seed, "in [0, 2**32)")
         check.one_of("--partition", self.partition, PARTITIONS)
         check.one_of("--model", self.model, SPECS)
         check.one_of("--client-map", self.client_map, ("auto", *BACKENDS))
@@ -181,6 +190,8 @@ class Study:
         check.at_least("--norm-groups", self.norm_groups, 1)
         check.positive("--alpha", self.alpha)
         check.non_negative("--checkpoint-every", self.checkpoint_every)
+
+    def _check_groups(self) -> None:
         for group, names in _WHOLE.items():
             for name in names:
                 check.at_least(_flag(group, name), getattr(getattr(self, group), name), 1)

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from experiments.combinations.federation import hospitals
+from experiments.combinations.federation import hospitals, make_recipe
 from experiments.combinations.row import Combination, make_row
 from experiments.combinations.settings import Study
 from experiments.display import Display
@@ -36,10 +36,12 @@ def run(study: Study, console: Console) -> Path:
     config = _config(study)
     _require_same(out, config)
     sites = {seed: hospitals(study, seed) for seed in study.seeds}
+    wanted = [(seed, Combination.parse(name)) for seed in study.seeds for name in study.combinations]
+    for seed, combination in wanted:  # a plan that cannot be made is an error before anything is written
+        make_recipe(study, seed, sites[seed], dp=combination.dp, at=combination.at)
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "config.json", json.dumps(config, indent=2) + "\n")
     done = {(_name(row), row["seed"]) for row in reporting.read(out / "rows.jsonl")}
-    wanted = [(seed, Combination.parse(name)) for seed in study.seeds for name in study.combinations]
     todo = [(seed, combination) for seed, combination in wanted if (combination.name, seed) not in done]
     with Display(console, len(wanted), len(wanted) - len(todo)) as display:
         for seed, combination in todo:

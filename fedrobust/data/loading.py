@@ -14,6 +14,8 @@ from fedrobust.types import Dataset
 VAL_SHARE = 0.1
 TEST_SHARE = 0.2
 
+_SPLITS = 100  # a purpose of its own: NumPy takes [s, 0] and [s, 0, 0], the first draw of clients, for one seed
+
 
 class Splits(NamedTuple):
     """The three disjoint parts of a data set.
@@ -98,7 +100,7 @@ def _dataset(where: str, image: Any, label: Any, num_classes: int, peak: int) ->
 
 def _complete(name: str, parts: dict[str, Dataset], seed: int) -> Splits:
     """Cuts the splits that the source lacks from train."""
-    rng = np.random.default_rng([seed, 0])
+    rng = np.random.default_rng([seed, _SPLITS])
     train, val, test = parts["train"], parts.get("val"), parts.get("test")
     val_share = VAL_SHARE
     if test is None:

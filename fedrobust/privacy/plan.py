@@ -115,8 +115,9 @@ def make_plan(
     check.require(0 <= histogram_epsilon < epsilon, "histogram_epsilon", histogram_epsilon, "in [0, epsilon)")
     check.require(unit == "record" or histogram_epsilon == 0, "histogram_epsilon", histogram_epsilon, "0 for clients")
     check.non_negative("truncation_probability", truncation_probability)
-    accounted_delta = delta - (1 + math.exp(epsilon)) * truncation_probability
-    check.require(accounted_delta > 0, "truncation_probability", truncation_probability, "so small that delta remains")
+    truncated = (1 + math.exp(epsilon)) * truncation_probability
+    check.require(delta > truncated, "delta", delta, f"> {truncated:.2g}, what overfull batches cost at this epsilon")
+    accounted_delta = delta - truncated
     noise_multiplier = _calibrate(
         lambda sigma: _event(sigma, sampling_rate, num_steps, histogram_epsilon), epsilon, accounted_delta
     )

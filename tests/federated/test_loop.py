@@ -1,5 +1,6 @@
 """Rounds one after the other: one compilation, and the same bits after a stop and a restart from disk."""
 
+import collections
 import functools
 import logging
 
@@ -13,7 +14,7 @@ from fedrobust import data, losses
 from fedrobust.defenses import mean
 from fedrobust.federated import fedavg, latest, local_update, map_clients, mean_grad, rounds, save
 from fedrobust.privacy import clipped_grad, private_grad
-from fedrobust.types import Dataset
+from fedrobust.types import Dataset, Federated
 
 KEY = jax.random.key(0)
 NUM_ROUNDS = 10
@@ -107,13 +108,19 @@ def test_a_finished_run_yields_nothing():
     assert list(rounds(algorithm, state, cohorts(), KEY, 5)) == []
 
 
-def test_rounds_draw_differently():
-    """Without data every update is noise alone."""
-    algorithm = build(private=True)
-    still = cohorts()(0)
-    still = still._replace(batch=still.batch._replace(mask=np.zeros_like(still.batch.mask)))
-    norms = [float(info.update_norm) for *_, info in rounds(algorithm, algorithm.init(PARAMS), lambda r: still, KEY, 3)]
-    assert len(set(norms)) == 3
+def test_every_round_has_its_own_key_and_cohort_wherever_it_is_resumed():
+    Counted = collections.namedtuple("Counted", "round")
+    show = Federated(
+        lambda params: Counted(0), lambda key, state, r: (Counted(state.round + 1), (jax.random.bits(key), r))
+    )
+
+    def seen(start):
+        return [(done, *map(int, info)) for done, _, info in rounds(show, Counted(start), lambda r: 10 * r, KEY, 4)]
+
+    expected = [(r + 1, int(jax.random.bits(jax.random.fold_in(KEY, r))), 10 * r) for r in range(4)]
+    assert seen(0) == expected
+    assert seen(2) == expected[2:]
+    assert len({bits for _, bits, _ in expected}) == 4
 
 
 def test_nothing_saved_is_none(tmp_path):

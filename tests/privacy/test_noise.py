@@ -105,7 +105,7 @@ def test_the_noise_does_not_depend_on_the_randomness_of_the_loss():
     """A loss that draws from its key must not share a stream with the noise that hides it."""
 
     def apply(key, params, batch, weight):
-        return jax.tree.map(lambda x: jax.random.normal(key, x.shape), params), None
+        return add_gaussian(key, params, 1.0), None
 
     settings = {"noise_multiplier": 1.0, "relation": "zero_out", "expected_batch_size": 1.0}
     batch = make_batch()

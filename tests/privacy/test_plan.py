@@ -99,7 +99,8 @@ def test_truncation_is_deducted_from_delta_before_the_noise_is_chosen():
     assert truncated.noise_multiplier == pytest.approx(plan(delta=1e-5).noise_multiplier, rel=1e-6)
     assert truncated.noise_multiplier > 1.05 * plan().noise_multiplier
     assert truncated.delta == 1e-4
-    assert truncated.epsilon <= 1.0
+    assert truncated.epsilon == pytest.approx(spent(noise_multiplier=truncated.noise_multiplier, delta=1e-5), rel=1e-6)
+    assert 0.98 < truncated.epsilon <= 1.0
 
 
 BAD = [
