@@ -17,6 +17,7 @@ from fedrobust.models.spec import Conv, Dense, GlobalPool, Norm, Relu
 COMMAND = (
     "quickstart --scale smoke --combinations plain dp+at+mc --out out --width 8 --checkpoint-every 0 "
     "--train.num-rounds 3 --train.num-steps 1 --train.batch-size 8 --dp.num-rounds 5 --dp.sampling-rate 0.05 "
+    "--poison.rounds-share 1 "
     "--attack.eps 0.1 --attack.num-steps 2"
 )
 FIGURES = ("accuracy_against_radius.png", "trade_off.png", "training_curves.png")

@@ -112,7 +112,8 @@ BAD = [
     *(("num_steps", {"num_steps": value}) for value in (0, -3, 2.5)),
     *(("histogram_epsilon", {"histogram_epsilon": value}) for value in (-0.1, 1.0, 2.0, math.nan)),
     ("histogram_epsilon", {"histogram_epsilon": 0.1, "unit": "client"}),  # a client moves a count by more than one
-    *(("truncation_probability", {"truncation_probability": value}) for value in (-1e-6, -1.0, 1e-4, 1.0, math.nan)),
+    *(("truncation_probability", {"truncation_probability": value}) for value in (-1e-6, -1.0, math.nan)),
+    *(("delta", {"truncation_probability": value}) for value in (1e-4, 1.0)),  # nothing of delta would remain
 ]
 
 
