@@ -15,6 +15,7 @@ from rich.console import Console
 
 from experiments.combinations.presets import preset
 from experiments.combinations.settings import Scale, Study
+from experiments.combinations.study import run
 
 NAMES = ("quickstart", "combinations")
 
@@ -30,8 +31,6 @@ def main(arguments: Sequence[str]) -> int:
     """
     try:
         study = parse(arguments)
-        from experiments.combinations.study import run  # imports JAX: help and bad settings answer without it
-
         run(study, Console())
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

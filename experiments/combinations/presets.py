@@ -14,11 +14,11 @@ _DIGITS = Study(
     model="small_cnn",
     width=24,
     norm_groups=16,
-    train=Training(num_rounds=32, num_steps=8, batch_size=32, learning_rate=6e-3, average_decay=0.5),
+    train=Training(num_rounds=40, num_steps=8, batch_size=32, learning_rate=6e-3, average_decay=0.5),
     dp=DP(
         delta=1e-3,
-        num_rounds=70,
-        sampling_rate=0.4,
+        num_rounds=80,
+        sampling_rate=0.5,
         learning_rate=2.0,
         histogram_epsilon=0.0,  # ten balanced classes: counts would cost privacy and say nothing
         microbatch_size=32,
@@ -26,7 +26,7 @@ _DIGITS = Study(
     # One step from a random start (Wong et al. 2020, arXiv 2001.03994): a third of PGD-3's cost, as strong here.
     at=AT(eps=0.13, num_steps=1, relative_step=1.25, clean_share=0.25, warmup=0.3),
     mc=MC(sparsity=0.5625, begin=0.03, end=0.15, num_events=3),
-    poison=Poison(rounds_share=0.75),
+    poison=Poison(rounds_share=0.5),
     attack=Attack(eps=(0.04, 0.08, 0.13)),
 )
 
