@@ -1,7 +1,9 @@
 """The study's presets: quickstart, and combinations at three scales.
 
-python -m experiments.run quickstart                                  # digits
-python -m experiments.run combinations --dataset pneumonia_mnist      # the paper's task
+Source: `experiments/combinations/__init__.py`.
+
+    python -m experiments.run quickstart                                  # digits: 194 s on 2 CPU cores, 2026-11-23
+    python -m experiments.run combinations --dataset pneumonia_mnist      # the paper's task: not yet timed to its end
 """
 
 from dataclasses import replace
