@@ -40,8 +40,8 @@ def conv(
 
     Guarantees:
         Values and derivatives of every order, in forward and reverse mode, equal those of `lax` up to rounding, under
-        any nesting of `jit`, `vmap`, loops and `shard_map`. Not under a `vmap`, its jaxpr holds one
-        `conv_general_dilated` of the arguments.
+        any nesting of `jit`, `vmap`, loops and `shard_map`. Neither differentiated nor under a `vmap`, its jaxpr holds
+        one `conv_general_dilated` of the arguments.
 
     >>> import jax.numpy as jnp
     >>> conv(jnp.array([[[1.0], [2.0], [4.0]]]), jnp.array([[[-1.0]], [[1.0]]]), padding="VALID").ravel().tolist()
@@ -101,4 +101,4 @@ def _(geometry: Geometry, primals: tuple, tangents: tuple) -> tuple[jax.Array, j
         for operands, tangent in (((tangents[0], kernel), tangents[0]), ((image, tangents[1]), tangents[1]))
         if not isinstance(tangent, jax.custom_derivatives.SymbolicZero)
     ]
-    return _conv(geometry, image, kernel), sum(terms[1:], terms[0])
+    return contract("output", geometry, image, kernel), sum(terms[1:], terms[0])

@@ -1,5 +1,6 @@
 """Gaussian noise on pytrees, and the mechanisms made from it."""
 
+import itertools
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ def add_gaussian(key: Key, tree: Params, stddev: float | jax.Array) -> Params:
     """Adds independent normal noise to every scalar.
 
     Args:
-        key: used once; every leaf draws from its own split of it.
+        key: used once, for one draw of as many numbers as the tree has scalars.
         tree: a pytree of float arrays.
         stddev: standard deviation >= 0 of each scalar's noise, in the tree's own unit.
 
@@ -22,8 +23,10 @@ def add_gaussian(key: Key, tree: Params, stddev: float | jax.Array) -> Params:
         `tree + N(0, stddev^2)`, same shapes and dtypes.
     """
     leaves, structure = jax.tree.flatten(tree)
-    keys = jax.random.split(key, len(leaves))
-    noisy = [x + (stddev * jax.random.normal(k, x.shape)).astype(x.dtype) for k, x in zip(keys, leaves, strict=True)]
+    noise = stddev * jax.random.normal(key, (trees.size(tree),))
+    ends = list(itertools.accumulate(x.size for x in leaves))
+    pieces = jnp.split(noise, ends[:-1])
+    noisy = [x + piece.reshape(x.shape).astype(x.dtype) for x, piece in zip(leaves, pieces, strict=True)]
     return jax.tree.unflatten(structure, noisy)
 
 

@@ -56,10 +56,10 @@ def test_no_clean_pass_at_share_zero_and_no_attack_at_one():
     def forbidden(*args):
         raise AssertionError("attacked")
 
-    for share, expected in ((0.0, 1), (0.5, 2)):
+    for share, copies in ((0.0, 1), (0.5, 2)):
         passes.clear()
         build(share, loss=counted)(KEY, PARAMS, IMAGE, LABEL)
-        assert len(passes) == expected
+        assert [len(images) for images in passes] == [copies * len(IMAGE)]
     build(1.0, attack=forbidden)(KEY, PARAMS, IMAGE, LABEL)
 
 
