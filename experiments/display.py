@@ -4,11 +4,19 @@ from collections.abc import Callable
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
 
 
 class Display:
-    """A bar for the rows of a study and one for the rounds of the phase under way."""
+    """A bar for the rows of a study and one for every phase under way; phases may report from several threads."""
 
     def __init__(self, console: Console, num_rows: int, num_done: int) -> None:
         self._progress = Progress(
@@ -21,7 +29,7 @@ class Display:
             console=console,
         )
         self._rows = self._progress.add_task("rows", total=num_rows, completed=num_done, figures="")
-        self._phase = self._progress.add_task("", total=1, figures="", visible=False)
+        self._phases: list[TaskID] = []
 
     def __enter__(self) -> "Display":
         self._progress.start()
@@ -36,13 +44,14 @@ class Display:
         """For one row: a function from the name of a phase to what that phase calls after every round."""
 
         def phase(title: str) -> Callable[[int, int, dict[str, float]], None]:
-            self._progress.reset(self._phase, description=f"{name}: {title}", figures="", visible=True)
+            task = self._progress.add_task(f"{name}: {title}", total=None, figures="")
+            self._phases.append(task)
 
             def report(done: int, total: int, figures: dict[str, float]) -> None:
                 if figures:
                     text = "  ".join(f"{key} {value:.3f}" for key, value in figures.items())
-                    self._progress.update(self._phase, figures=text)
-                self._progress.update(self._phase, completed=done, total=total)
+                    self._progress.update(task, figures=text)
+                self._progress.update(task, completed=done, total=total)
 
             return report
 
@@ -50,4 +59,6 @@ class Display:
 
     def advance(self) -> None:
         """One more row is done."""
+        while self._phases:
+            self._progress.remove_task(self._phases.pop())
         self._progress.advance(self._rows)

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 MODULES = sorted(
     path.relative_to(ROOT) for room in ("fedrobust", "experiments") for path in (ROOT / room).rglob("*.py")
 )
-FOUNDATION = {"types", "keys", "trees", "losses", "check", "ops"}
+FOUNDATION = {"types", "keys", "trees", "losses", "check", "threads", "ops"}
 LAYERS = [
     FOUNDATION,
     {"trace"},

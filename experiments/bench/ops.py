@@ -71,7 +71,8 @@ def run() -> list[Comparison]:
             repeats=REPEATS,
             target=1.6,
         ),
-        compare("plain_lax_in_scan_over_ours", *_gradients_in_scan(keys.stream(root, "one layer")), repeats=3),
+        compare("plain_lax_in_scan_over_ours", *_gradients_in_scan(keys.stream(root, "one layer"), 28, 32), repeats=3),
+        compare("plain_lax_on_2x2_over_ours", *_gradients_in_scan(keys.stream(root, "small"), 2, 64), repeats=3),
     ]
 
 
@@ -98,10 +99,10 @@ def _unrolled(gradient: Gradient, key: Key, params: Params, pieces: Batch) -> Pa
     return params
 
 
-def _gradients_in_scan(key: Key) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    """Plain `lax` and ours: both gradients of one layer, 28 x 28, 32 -> 64 channels, in a scan of 4 x 16."""
-    image = jax.random.normal(key, (NUM_PIECES, NUM_EXAMPLES // NUM_PIECES, 28, 28, 32))
-    kernel = jax.random.normal(key, (3, 3, 32, 64))
+def _gradients_in_scan(key: Key, size: int, channels: int) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """Plain `lax` and ours: both gradients of one layer, size x size, channels -> 64, in a scan of 4 x 16."""
+    image = jax.random.normal(key, (NUM_PIECES, NUM_EXAMPLES // NUM_PIECES, size, size, channels))
+    kernel = jax.random.normal(key, (3, 3, channels, 64))
 
     def by_lax(image: jax.Array, kernel: jax.Array) -> jax.Array:
         return lax.conv_general_dilated(image, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))

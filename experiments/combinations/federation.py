@@ -1,6 +1,5 @@
 """From settings to a federation: data on clients, a privacy plan, and one compiled round per kind of training."""
 
-import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ import numpy as np
 import optax
 
 from experiments.combinations.settings import AT, Study
-from fedrobust import attacks, data, defenses, federated, losses, models, privacy
+from fedrobust import attacks, data, defenses, federated, losses, models, privacy, threads
 from fedrobust.types import Attack, ClientUpdate, Cohort, Federated, GradFn, Loss, Model, Params
 
 Apply = Callable[[Params, jax.Array], jax.Array]
@@ -20,7 +19,7 @@ Apply = Callable[[Params, jax.Array], jax.Array]
 # Purposes of host generators, beyond those of `fedrobust.data`: NumPy takes [s, 1] and [s, 1, 0] for one seed.
 _PARTITION, _LABEL_COUNTS = 101, 102
 
-_plan = functools.lru_cache(maxsize=8)(privacy.make_plan)  # a search of seconds, the same for all rows of a study
+_plan = threads.cached(maxsize=8)(privacy.make_plan)  # a search of seconds, the same for all rows of a study
 
 RULES = ("mean", "rule")
 """What the aggregator can be switched between without compiling again: plain averaging, the study's robust rule."""
@@ -68,7 +67,7 @@ def hospitals(study: Study, seed: int) -> Hospitals:
     return Hospitals(splits, parts)
 
 
-@functools.lru_cache(maxsize=4)  # one object for all rows: what is compiled for it is shared
+@threads.cached(maxsize=4)  # one object for all rows: what is compiled for it is shared
 def build_model(study: Study, image_shape: tuple[int, int, int], num_classes: int) -> Model:
     """The study's architecture for the data at hand."""
     return models.build(
@@ -129,7 +128,7 @@ def cohorts(recipe: Recipe, site: Hospitals, seed: int, malicious: tuple[int, ..
     return data.make_cohorts(site.splits.train, site.parts, settings, seed=seed, malicious=malicious)
 
 
-@functools.lru_cache(maxsize=16)  # one compiled round per recipe and model, shared by all rows that differ in neither
+@threads.cached(maxsize=16)  # one compiled round per recipe and model, shared by all rows that differ in neither
 def federation(recipe: Recipe, apply: Apply) -> Federated:
     """The federated algorithm of a recipe for a model."""
     study = recipe.study

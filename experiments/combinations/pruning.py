@@ -1,6 +1,5 @@
 """Pruning while the federation trains, then the physically smaller model."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 
 from experiments.combinations.federation import Apply
 from experiments.combinations.settings import MC
-from fedrobust import compression, trees
+from fedrobust import compression, threads, trees
 from fedrobust.federated import FederatedState
 from fedrobust.types import Model, Params
 
@@ -23,7 +22,7 @@ def _param_shapes(model: Model, image_shape: tuple[int, ...]) -> tuple[Params, j
     return jax.eval_shape(model.init, jax.random.key(0), image), image
 
 
-@functools.lru_cache(maxsize=4)  # reading a model takes a second, and every pruned row asks
+@threads.cached(maxsize=4)  # reading a model takes a second, and every pruned row asks
 def channels(model: Model, image_shape: tuple[int, ...]) -> compression.Channels:
     """The model's prunable units."""
     params, image = _param_shapes(model, image_shape)
@@ -101,7 +100,7 @@ def require_equal(expected: jax.Array, found: jax.Array, what: str) -> float:
     return difference
 
 
-@functools.lru_cache(maxsize=16)
+@threads.cached(maxsize=16)
 def _small_apply(model: Model, image_shape: tuple[int, ...], num_kept: tuple[int, ...]) -> Apply:
     """The model with `num_kept[g]` units left in group g: one function, and so one compilation, whichever they are.
 

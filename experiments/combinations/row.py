@@ -5,7 +5,7 @@ import functools
 import math
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,34 +14,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments import parallel
 from experiments.combinations.federation import RULES, Apply, Hospitals, build_model, make_recipe
 from experiments.combinations.pruning import require_equal
 from experiments.combinations.settings import Attack as AttackSettings
 from experiments.combinations.settings import Study
 from experiments.combinations.training import BATCH_SIZE, Job, Progress, Trained, train
+from experiments.parallel import Check
 from fedrobust import attacks, compression, evaluation, keys, reporting, trace, trees
 from fedrobust.types import Attack, Model, Params
 
 PACKAGES = ("fedrobust", "jax", "jaxlib", "flax", "dm-haiku", "optax", "dp-accounting", "numpy")
 LATENCY_BATCH = 64
-
-
-class Combination(NamedTuple):
-    """Which of the three take part. Attributes: dp, at, mc."""
-
-    dp: bool
-    at: bool
-    mc: bool
-
-    @property
-    def name(self) -> str:
-        """As on the command line: "plain", "dp+at", ..."""
-        return "+".join(name for name, on in zip(self._fields, self, strict=True) if on) or "plain"
-
-    @classmethod
-    def parse(cls, name: str) -> "Combination":
-        """The combination of a name."""
-        return cls(*(part in name.split("+") for part in cls._fields))
 
 
 class Final(NamedTuple):
@@ -55,7 +39,7 @@ class Final(NamedTuple):
 def make_row(
     study: Study,
     config: dict[str, Any],
-    combination: Combination,
+    combination: reporting.Combination,
     seed: int,
     site: Hospitals,
     out: Path,
@@ -82,14 +66,19 @@ def make_row(
     work, path = out / "work" / name, out / "models" / f"{name}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
 
-    def run(phase: str, num_rounds: int, malicious: tuple[int, ...], rule: str) -> Trained:
+    def job(phase: str, num_rounds: int, malicious: tuple[int, ...], rule: str) -> Callable[[Check], Trained]:
         folder = work / phase.replace(" ", "_").replace(",", "")
-        job = Job(recipe, site, seed, num_rounds, combination.mc, malicious, rule, folder)
-        return train(job, model, progress(phase))
+        what = Job(recipe, site, seed, num_rounds, combination.mc, malicious, rule, folder)
+        return lambda check: train(what, model, _checked(check, progress(phase)))
 
-    trained = run("training", recipe.num_rounds, (), "mean")
-    poisoned = _poisoned(study, site, math.ceil(study.poison.rounds_share * recipe.num_rounds), run)
-    progress("evaluation")(0, 1, {})
+    jobs = [job("training", recipe.num_rounds, (), "mean")]
+    if study.malicious:
+        num_rounds = math.ceil(study.poison.rounds_share * recipe.num_rounds)
+        for rule, title in zip(RULES, ("mean", study.poison.rule.replace("_", " ")), strict=True):
+            jobs.append(job(f"poisoned, {title}", num_rounds, study.malicious, rule))
+    trained, *poisoned = parallel.run(jobs, at_once=study.parallel and jax.device_count() == 1)
+    evaluated = progress("evaluation")
+    evaluated(0, 1, {})
     guarantee = None if recipe.plan is None else dataclasses.asdict(recipe.plan)
     final = finish(model, trained, path, guarantee, test.image[:BATCH_SIZE])
     clean = evaluation.metrics(evaluation.predict(final.apply, final.params, test.image, BATCH_SIZE), test.label)
@@ -104,7 +93,7 @@ def make_row(
         "clean": clean._asdict(),
         "robust": attacked.robust,
         "checks": attacked.checks,
-        "poisoned": poisoned,
+        "poisoned": _poisoned(study, site, poisoned),
         "size": _size(model, final, test.image.shape[1:], work),
         "masked_minus_shrunk": trained.shrink_difference,
         "privacy": guarantee,
@@ -113,7 +102,7 @@ def make_row(
         "versions": {package: version(package) for package in PACKAGES} | {"python": platform.python_version()},
         "device": f"{jax.devices()[0].device_kind} ({platform.machine()}, {os.cpu_count()} cores)",
     }
-    progress("evaluation")(1, 1, {})
+    evaluated(1, 1, {})
     return row
 
 
@@ -159,27 +148,31 @@ def _pgd(settings: AttackSettings) -> Callable[[jax.Array], Attack]:
     return attack
 
 
-def _poisoned(
-    study: Study, site: Hospitals, num_rounds: int, run: Callable[[str, int, tuple[int, ...], str], Trained]
-) -> dict[str, Any] | None:
+def _poisoned(study: Study, site: Hospitals, trained: Sequence[Trained]) -> dict[str, Any] | None:
     """Accuracy on test after training with dishonest clients, averaged plainly and by the robust rule."""
-    share = study.poison.malicious_share
-    malicious = tuple(range(study.clients - round(share * study.clients), study.clients))
-    if not malicious:
+    if not trained:
         return None
     entry: dict[str, Any] = {
         "attack": "sign_flip",
-        "malicious_share": len(malicious) / study.clients,
+        "malicious_share": len(study.malicious) / study.clients,
         "rounds_share": study.poison.rounds_share,
     }
-    for rule, name in zip(RULES, ("mean", study.poison.rule), strict=True):
-        trained = run(f"poisoned, {name.replace('_', ' ')}", num_rounds, malicious, rule)
-        test = site.splits.test
-        found = evaluation.metrics(
-            evaluation.predict(trained.apply, _as_served(trained), test.image, BATCH_SIZE), test.label
-        )
+    test = site.splits.test
+    for name, model in zip(("mean", study.poison.rule), trained, strict=True):
+        logits = evaluation.predict(model.apply, _as_served(model), test.image, BATCH_SIZE)
+        found = evaluation.metrics(logits, test.label)
         entry[name] = {"accuracy": found.accuracy, "balanced_accuracy": found.balanced_accuracy}
     return entry
+
+
+def _checked(check: Check, progress: Progress) -> Progress:
+    """`progress` that ends a training which another one's failure has made useless."""
+
+    def report(done: int, total: int, figures: dict[str, float]) -> None:
+        check()
+        progress(done, total, figures)
+
+    return report
 
 
 def _as_served(trained: Trained) -> Params:

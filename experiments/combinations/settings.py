@@ -150,6 +150,8 @@ class Study:
     clean and under the training attack)."""
     client_map: Literal["auto", "loop", "scan", "vmap", "pmap", "shard_map"] = "auto"
     """How clients are mapped over the machine; changes speed only."""
+    parallel: bool = True
+    """Train a row's model and its two poisoned ones at the same time where there is one device; changes speed only."""
     checkpoint_every: float = 30.0
     """Seconds between checkpoints of a row in training."""
     train: Training = field(default_factory=Training)
@@ -164,6 +166,11 @@ class Study:
     """Dishonest clients."""
     attack: Attack = field(default_factory=Attack)
     """Attacks at inference time."""
+
+    @property
+    def malicious(self) -> tuple[int, ...]:
+        """Ids of the dishonest clients: the last ones."""
+        return tuple(range(self.clients - round(self.poison.malicious_share * self.clients), self.clients))
 
     def __post_init__(self) -> None:
         """Checks every setting.

@@ -9,13 +9,13 @@ from typing import Any
 from rich.console import Console
 
 from experiments.combinations.federation import hospitals, make_recipe
-from experiments.combinations.row import Combination, make_row
+from experiments.combinations.row import make_row
 from experiments.combinations.settings import Study
 from experiments.display import Display
 from experiments.files import write_text
 from fedrobust import reporting
 
-_NOT_OF_A_ROW = ("seeds", "combinations", "out", "data_dir", "client_map", "checkpoint_every")
+_NOT_OF_A_ROW = ("seeds", "combinations", "out", "data_dir", "client_map", "parallel", "checkpoint_every")
 """Settings that say what to run and where, not what a row is: rows of one folder may differ in them."""
 
 
@@ -36,7 +36,7 @@ def run(study: Study, console: Console) -> Path:
     config = _config(study)
     _require_same(out, config)
     sites = {seed: hospitals(study, seed) for seed in study.seeds}
-    wanted = [(seed, Combination.parse(name)) for seed in study.seeds for name in study.combinations]
+    wanted = [(seed, reporting.Combination.parse(name)) for seed in study.seeds for name in study.combinations]
     for seed, combination in wanted:  # a plan that cannot be made is an error before anything is written
         make_recipe(study, seed, sites[seed], dp=combination.dp, at=combination.at)
     out.mkdir(parents=True, exist_ok=True)
@@ -84,4 +84,4 @@ def _require_same(out: Path, config: dict[str, Any]) -> None:
 
 
 def _name(row: reporting.Row) -> str:
-    return Combination(**row["combination"]).name
+    return reporting.Combination(**row["combination"]).name

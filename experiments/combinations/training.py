@@ -21,7 +21,7 @@ from experiments.combinations.federation import (
     training_attack,
 )
 from experiments.combinations.settings import AT
-from fedrobust import compression, evaluation, federated, keys
+from fedrobust import compression, evaluation, federated, keys, threads
 from fedrobust.types import Model, Params
 
 HISTORY_POINTS = 20
@@ -41,7 +41,7 @@ class Trained(NamedTuple):
         masks: what was pruned; None likewise.
         shrink_difference: largest logit difference between masked and small model; None likewise.
         history: [n, 3] float64: round, training loss, accuracy on val.
-        train_seconds: time spent in rounds, over all runs it took.
+        train_seconds: wall time spent in rounds, over all runs it took; other trainings may have gone on beside it.
     """
 
     apply: Apply
@@ -111,7 +111,8 @@ def train(job: Job, model: Model, progress: Progress) -> Trained:
     channels = pruning.channels(model, image.shape[1:])
     prune, end = pruning.schedule(job.recipe.study.mc, channels, job.recipe.num_rounds)
     dense = _run_stage(job, "dense", algorithm, model.apply, start, prune, end, key, progress)
-    apply, small_state, difference = pruning.shrink(model, channels, dense.state, image)
+    with threads.COMPILING:
+        apply, small_state, difference = pruning.shrink(model, channels, dense.state, image)
     small = federation(job.recipe, apply)
     start = dense._replace(state=small_state)
     done = _run_stage(job, "small", small, apply, start, None, job.num_rounds, key, progress)
@@ -142,7 +143,8 @@ def calibrated(job: Job, apply: Apply, params: Params) -> Params:
     images = [val.image]
     if job.recipe.at:
         key = keys.stream(keys.root(job.seed), "calibrate")
-        images.append(_attacked(apply, job.recipe.study.at, params, key, val.image, val.label))
+        with threads.COMPILING:
+            images.append(_attacked(apply, job.recipe.study.at, params, key, val.image, val.label))
     logits = [evaluation.predict(apply, params, image, BATCH_SIZE) for image in images]
     margins = [x[:, 1] - x[:, 0] for x in logits]
     if not np.isfinite(margins).all():
@@ -184,16 +186,11 @@ def _run_stage(
     draw = cohorts(job.recipe, job.site, job.seed, job.malicious)
     began, last_saved = time.perf_counter(), time.perf_counter()
     state, history = saved.state, saved.history.copy()
-    while int(state.round) < num_rounds:
-        _, state, info = next(federated.rounds(algorithm, state, draw, key, num_rounds))
-        done = int(state.round)
-        if prune is not None:
-            state = prune(state, done)
+    for done, state, info in federated.rounds(algorithm, saved.state, draw, key, num_rounds, between=prune):
         if done % every == 0 or done == total:
             val = job.site.splits.val
             logits = evaluation.predict(apply, state.average, val.image, BATCH_SIZE)
-            loss = _present_mean(info)
-            accuracy = evaluation.metrics(logits, val.label).accuracy
+            loss, accuracy = _present_mean(info), float(np.mean(evaluation.predicted_class(logits) == val.label))
             history[-(-done // every)] = (done, loss, accuracy)
             progress(done, total, {"loss": loss, "val accuracy": accuracy})
         else:
@@ -209,4 +206,4 @@ def _run_stage(
 
 def _present_mean(info: federated.RoundInfo) -> float:
     """Mean training loss over the clients of a round, at their last step."""
-    return float(jnp.sum(jnp.asarray(info.client.loss)[:, -1]) / jnp.maximum(info.num_present, 1))
+    return float(np.sum(np.asarray(info.client.loss)[:, -1]) / max(int(info.num_present), 1))

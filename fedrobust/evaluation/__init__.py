@@ -1,6 +1,6 @@
 """What a trained model is worth: accuracy, robustness with its verdict, cost."""
 
-from fedrobust.evaluation.accuracy import Metrics, metrics, predict
+from fedrobust.evaluation.accuracy import Metrics, metrics, predict, predicted_class
 from fedrobust.evaluation.cost import Cost, cost, latencies
 from fedrobust.evaluation.robustness import Robustness, Threat, evaluate
 from fedrobust.evaluation.threshold import best_shift
@@ -16,4 +16,5 @@ __all__ = [
     "latencies",
     "metrics",
     "predict",
+    "predicted_class",
 ]

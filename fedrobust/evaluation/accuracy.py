@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from sklearn.metrics import roc_auc_score
 
-from fedrobust import check
+from fedrobust import check, threads
 from fedrobust.types import Params
 
 
@@ -50,7 +50,10 @@ def predict(
     check.at_least("the number of images", len(image), 1)
     check.at_least("batch_size", batch_size, 1)
     compiled = jax.jit(apply)
-    logits = [compiled(params, pad(image[i : i + batch_size], batch_size)) for i in range(0, len(image), batch_size)]
+    batches = [pad(image[i : i + batch_size], batch_size) for i in range(0, len(image), batch_size)]
+    with threads.COMPILING:
+        first = compiled(params, batches[0])
+    logits = [first, *(compiled(params, batch) for batch in batches[1:])]
     return np.concatenate([np.asarray(x) for x in logits])[: len(image)]
 
 

@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from fedrobust.reporting import summary
-from fedrobust.reporting.rows import Row
-from fedrobust.reporting.summary import Combination, by_combination, spread
+from fedrobust.reporting.rows import Combination, Row
+from fedrobust.reporting.summary import by_combination, spread
 
 # Okabe and Ito's palette, told apart with any colour vision: https://jfly.uni-koeln.de/color/
 COLORS = {(False, False): "#000000", (True, False): "#0072B2", (False, True): "#D55E00", (True, True): "#009E73"}
@@ -161,12 +161,13 @@ def _look(combination: Combination) -> dict[str, Any]:
 
 def _line_handles(rows: Sequence[Row], *, marker: bool = True) -> list[Line2D]:
     off = {} if marker else {"marker": None}
-    return [Line2D([], [], label=c.name, **{**_look(c), **off}) for c in by_combination(rows)]
+    return [Line2D([], [], label=c.label, **{**_look(c), **off}) for c in by_combination(rows)]
 
 
 def _dot_handles(rows: Sequence[Row]) -> list[Line2D]:
     return [
-        Line2D([], [], label=c.name, **{**_look(c), "linestyle": "none", "markersize": 6}) for c in by_combination(rows)
+        Line2D([], [], label=c.label, **{**_look(c), "linestyle": "none", "markersize": 6})
+        for c in by_combination(rows)
     ]
 
 

@@ -6,11 +6,42 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from fedrobust import check
+
+
+class Combination(NamedTuple):
+    """Whether differential privacy (DP), adversarial training (AT), model compression (MC) took part."""
+
+    dp: bool
+    at: bool
+    mc: bool
+
+    @property
+    def name(self) -> str:
+        """As on a command line: "dp+at"; "plain" for none."""
+        return "+".join(name for name, on in self._asdict().items() if on) or "plain"
+
+    @property
+    def label(self) -> str:
+        """As in a figure: "DP + AT"; "plain" for none."""
+        return " + ".join(name.upper() for name, on in self._asdict().items() if on) or "plain"
+
+    @classmethod
+    def parse(cls, name: str) -> "Combination":
+        """The combination of a name.
+
+        Raises:
+            ValueError: it has a part that is none of dp, at, mc, or plain beside others.
+        """
+        parts = [] if name == "plain" else name.split("+")
+        for part in parts:
+            check.one_of("combination", part, cls._fields)
+        return cls(*(field in parts for field in cls._fields))
+
 
 Row = dict[str, Any]
 """One trained model, in plain JSON values. A field that does not apply is None; none is left out.

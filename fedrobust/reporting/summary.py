@@ -5,23 +5,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fedrobust.reporting.rows import Row
+from fedrobust.reporting.rows import Combination, Row
 
 NOT_RULES = ("attack", "malicious_share", "rounds_share", "mean")
 """What a row's `poisoned` holds beside the one robust rule."""
-
-
-class Combination(NamedTuple):
-    """Whether differential privacy (DP), adversarial training (AT), model compression (MC) took part."""
-
-    dp: bool
-    at: bool
-    mc: bool
-
-    @property
-    def name(self) -> str:
-        """As in "DP + AT"; "plain" for none."""
-        return " + ".join(name.upper() for name, on in self._asdict().items() if on) or "plain"
 
 
 class Spread(NamedTuple):
@@ -35,8 +22,7 @@ def by_combination(rows: Iterable[Row]) -> dict[Combination, list[Row]]:
     """Rows grouped by combination, in the order plain, MC, AT, AT + MC, DP, ..."""
     groups: dict[Combination, list[Row]] = {}
     for row in rows:
-        combination = row["combination"]
-        groups.setdefault(Combination(combination["dp"], combination["at"], combination["mc"]), []).append(row)
+        groups.setdefault(Combination(**row["combination"]), []).append(row)
     return dict(sorted(groups.items()))
 
 

@@ -185,7 +185,7 @@ def _notes(rows: Sequence[Row]) -> list[str]:
     )
     notes += [f"ε: at {text}." for text in privacies]
     degenerate = [
-        f"{combination.name} (seed {row['seed']})"
+        f"{combination.label} (seed {row['seed']})"
         for combination, group in by_combination(rows).items()
         for row in group
         if summary.is_degenerate(row)

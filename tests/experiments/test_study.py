@@ -17,7 +17,7 @@ from fedrobust.models.spec import Conv, Dense, GlobalPool, Norm, Relu
 COMMAND = (
     "quickstart --scale smoke --combinations plain dp+at+mc --out out --width 8 --checkpoint-every 0 "
     "--train.num-rounds 3 --train.num-steps 1 --train.batch-size 8 --dp.num-rounds 5 --dp.sampling-rate 0.05 "
-    "--poison.rounds-share 1 "
+    "--poison.rounds-share 1 --no-parallel "
     "--attack.eps 0.1 --attack.num-steps 2"
 )
 FIGURES = ("accuracy_against_radius.png", "trade_off.png", "training_curves.png")
@@ -39,7 +39,7 @@ def watched(monkeypatch, quick_compiler):
     """Runs `COMMAND` in a folder: tells the phases it went through, and kills it at a given one."""
     monkeypatch.setitem(SPECS, "small_cnn", tiny)
 
-    def run(folder, kill_at=None):
+    def run(folder, kill_at=None, command=COMMAND):
         folder.mkdir(exist_ok=True)
         monkeypatch.chdir(folder)  # the same relative --out, so that nothing is compiled twice
         seen = []
@@ -63,10 +63,10 @@ def watched(monkeypatch, quick_compiler):
 
         monkeypatch.setattr(study_module, "Display", Watching)
         if kill_at is None:
-            assert main(COMMAND.split()) == 0
+            assert main(command.split()) == 0
         else:
             with pytest.raises(Killed):
-                main(COMMAND.split())
+                main(command.split())
         return seen
 
     return run
@@ -111,6 +111,12 @@ def test_a_study_killed_twice_and_resumed_leaves_what_an_unbroken_one_leaves(wat
     for model in MODELS:
         assert contents(broken / "out" / model) == contents(whole / "out" / model)
     check_files(broken / "out", resumed)
+
+    at_once = tmp_path / "at once"
+    killed = watched(at_once, kill_at=("dp+at+mc", "training", 3), command=COMMAND.replace("no-parallel", "parallel"))
+    phases_at_once = watched(at_once, command=COMMAND.replace("no-parallel", "parallel"))
+    assert set(killed + phases_at_once) == set(phases)
+    assert [timeless(row) for row in reporting.read(at_once / "out" / "rows.jsonl")] == [timeless(r) for r in rows]
 
     before = (broken / "out" / "rows.jsonl").read_bytes()
     assert watched(broken) == []  # all done: nothing is trained, only reported again

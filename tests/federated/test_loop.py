@@ -102,6 +102,19 @@ def test_a_run_resumed_from_disk_equals_the_unbroken_one_bit_for_bit(private, tm
     assert resumed == {done: unbroken[done] for done in range(4, 8)}
 
 
+def test_what_the_server_does_between_rounds_is_seen_by_the_next_one():
+    algorithm = build(private=False)
+    start = algorithm.init(PARAMS)
+
+    def hold(state, done):  # every second round is undone
+        return start._replace(round=state.round) if done % 2 == 0 else state
+
+    held = {done: bits(state.params) for done, state, _ in rounds(algorithm, start, cohorts(), KEY, 4, between=hold)}
+    assert held[2] == held[4] == bits(start.params) != held[1]
+    third = start._replace(round=jnp.asarray(2, jnp.int32))
+    assert held[3] == bits(next(rounds(algorithm, third, cohorts(), KEY, 4))[1].params)
+
+
 def test_a_finished_run_yields_nothing():
     algorithm = build(private=False)
     state = algorithm.init(PARAMS)._replace(round=jnp.asarray(5, jnp.int32))

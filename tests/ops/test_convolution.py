@@ -57,9 +57,13 @@ def cases(draw):
     axes = draw(st.sampled_from((1, 2, 2, 2, 3)))
     each = lambda low, high: tuple(draw(st.integers(low, high)) for _ in range(axes))  # noqa: E731
     window, dilation, strides, groups = each(1, 3), each(1, 2), each(1, 3), draw(st.sampled_from((1, 1, 2, 3)))
-    image = tuple(d * (k - 1) + 1 + extra for d, k, extra in zip(dilation, window, each(1, 4), strict=True))
+    reach = tuple(d * (k - 1) + 1 for d, k in zip(dilation, window, strict=True))
     pairs = tuple((draw(st.integers(-1, 3)), draw(st.integers(0, 3))) for _ in range(axes))
     padding = draw(st.sampled_from(("SAME", "VALID", pairs)))
+    if draw(st.booleans()):  # an image smaller than the window, which padding makes room for
+        image, padding = each(1, 3), tuple((r, r - 1) for r in reach)
+    else:
+        image = tuple(r + extra for r, extra in zip(reach, each(1, 4), strict=True))
     channels = (groups * draw(st.integers(1, 3)), groups * draw(st.integers(1, 3)))
     shapes = (draw(st.integers(1, 3)), *image, channels[0]), (*window, channels[0] // groups, channels[1])
     return shapes, {"strides": strides, "padding": padding, "kernel_dilation": dilation, "groups": groups}
