@@ -28,15 +28,14 @@ _DIGITS = Study(
     # One step from a random start (Wong et al. 2020, arXiv 2001.03994): a third of PGD-3's cost, as strong here.
     at=AT(eps=0.13, num_steps=1, relative_step=1.25, clean_share=0.25, warmup=0.3),
     mc=MC(sparsity=0.5625, begin=0.03, end=0.15, num_events=3),
-    poison=Poison(rounds_share=0.5),
     attack=Attack(eps=(0.04, 0.08, 0.13)),
 )
 
 _PNEUMONIA = Study(
     model="resnet9",
     width=16,
-    train=Training(num_rounds=14),
-    dp=DP(num_rounds=120),
+    train=Training(num_rounds=24),
+    dp=DP(num_rounds=150),
     at=AT(clean_share=0.2, warmup=0.4),
     poison=Poison(rounds_share=0.5),
 )
