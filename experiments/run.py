@@ -7,6 +7,7 @@ python -m experiments.run combinations --help
 
 import contextlib
 import io
+import re
 import sys
 from collections.abc import Sequence
 
@@ -85,9 +86,10 @@ def _scale(value: str) -> Scale:
 
 
 def _one_line(message: str) -> str:
-    """What tyro printed in a box, as one line."""
-    words = "".join(" " if c in "╭╮╰╯│─" else c for c in message).split()
-    return " ".join(words)
+    """What tyro printed in a box, as one line without its title and its pointer to the help."""
+    text = " ".join(re.sub(r"-{4,}|[╭╮╰╯│─]", " ", message).split()).partition(" For full helptext")[0]
+    text = re.sub(r"^(Value error )?(Error parsing \w+: )?", "", text)
+    return re.sub(r"^(.+?) (?=\1)", "", text, flags=re.IGNORECASE)  # "Invalid choice invalid choice 'x' for ..."
 
 
 if __name__ == "__main__":

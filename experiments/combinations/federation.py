@@ -42,7 +42,7 @@ class Recipe:
         at: whether samples are adversarial.
         plan: the privacy plan of every silo; None without privacy.
         class_weight: weights after the clip, one per class; () without privacy or without label counts.
-        expected_batch_size: denominator of the private gradient, records.
+        num_records: nominal size of a silo, public.
     """
 
     study: Study
@@ -50,7 +50,7 @@ class Recipe:
     at: bool
     plan: privacy.Plan | None
     class_weight: tuple[float, ...]
-    expected_batch_size: float
+    num_records: float
 
     @property
     def num_rounds(self) -> int:
@@ -102,8 +102,7 @@ def make_recipe(study: Study, seed: int, site: Hospitals, *, dp: bool, at: bool)
             np.random.default_rng([seed, _LABEL_COUNTS]), counts, histogram_epsilon=study.dp.histogram_epsilon
         )
         class_weight = tuple(weight.tolist())
-    nominal = len(site.splits.train.label) / len(site.parts)
-    return Recipe(study, dp, at, plan, class_weight, study.dp.sampling_rate * nominal)
+    return Recipe(study, dp, at, plan, class_weight, len(site.splits.train.label) / len(site.parts))
 
 
 def cohort_settings(study: Study, dp: bool) -> data.CohortSettings:
@@ -168,13 +167,8 @@ def private_gradient(recipe: Recipe, loss: Loss) -> GradFn:
     settings, plan = recipe.study.dp, recipe.plan
     assert plan is not None
     clipped = privacy.clipped_grad(loss, clip_norm=settings.clip_norm, microbatch_size=settings.microbatch_size)
-    return privacy.private_grad(
-        clipped,
-        noise_multiplier=plan.noise_multiplier,
-        relation=plan.relation,
-        expected_batch_size=recipe.expected_batch_size,
-        class_weight=jnp.asarray(recipe.class_weight) if recipe.class_weight else None,
-    )
+    class_weight = jnp.asarray(recipe.class_weight) if recipe.class_weight else None
+    return privacy.private_grad(clipped, plan, num_records=recipe.num_records, class_weight=class_weight)
 
 
 def example_loss(recipe: Recipe, apply: Apply, round: jax.Array) -> Loss:

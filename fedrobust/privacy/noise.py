@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from fedrobust import check, trees
 from fedrobust.privacy.clipping import ClipInfo, ClippedGrad, clip
+from fedrobust.privacy.plan import Plan
 from fedrobust.types import Aggregator, Batch, GradFn, Key, Params
 
 
@@ -31,22 +32,16 @@ def add_gaussian(key: Key, tree: Params, stddev: float | jax.Array) -> Params:
 
 
 def private_grad(
-    clipped: ClippedGrad,
-    *,
-    noise_multiplier: float,
-    relation: str,
-    expected_batch_size: float,
-    class_weight: jax.Array | None = None,
+    clipped: ClippedGrad, plan: Plan, *, num_records: float, class_weight: jax.Array | None = None
 ) -> GradFn:
-    """The Gaussian mechanism on a clipped gradient sum: one step of DP-SGD.
+    """The Gaussian mechanism on a clipped gradient sum: one step of DP-SGD, as the plan accounts for it.
 
-        (sum_i w_i clip(g_i) + N(0, (noise_multiplier * sensitivity)^2)) / expected_batch_size
+        (sum_i w_i clip(g_i) + N(0, (plan.noise_multiplier * sensitivity)^2)) / (plan.sampling_rate * num_records)
 
     Args:
-        clipped: knows its sensitivity.
-        noise_multiplier: standard deviation over sensitivity, > 0; the plan's.
-        relation: the neighbouring relation of the guarantee, see `ClippedGrad.sensitivity`.
-        expected_batch_size: a public constant > 0 (sampling rate times nominal size), never the realised size.
+        clipped: knows its sensitivity for the plan's relation.
+        plan: of unit "record". Batches must be sampled as it says; each call is one of its steps.
+        num_records: nominal size of a silo, a public constant > 0, never the realised size of a batch.
         class_weight: [L] in [0, 1], multiplies each example's clipped gradient by its label's weight. Must be
             public or itself released privately, and accounted.
 
@@ -54,13 +49,15 @@ def private_grad(
         A `GradFn` `(key, params, batch) -> (gradient, ClipInfo)`. An empty batch gives pure noise.
 
     Raises:
-        ValueError: a setting out of range or an unknown relation.
+        ValueError: a setting out of range, an unknown relation, or a plan of another unit.
 
     Source: Abadi et al. 2016 (arXiv 1607.00133), Algorithm 1.
     """
-    check.positive("noise_multiplier", noise_multiplier)
-    check.positive("expected_batch_size", expected_batch_size)
-    stddev = noise_multiplier * clipped.sensitivity(relation)
+    check.one_of("plan.unit", plan.unit, ("record",))
+    check.positive("plan.noise_multiplier", plan.noise_multiplier)
+    check.positive("num_records", num_records)
+    stddev = plan.noise_multiplier * clipped.sensitivity(plan.relation)
+    expected_batch_size = plan.sampling_rate * num_records
 
     def grad(key: Key, params: Params, batch: Batch) -> tuple[Params, ClipInfo]:
         loss_key, noise_key = jax.random.split(key)
@@ -71,28 +68,32 @@ def private_grad(
     return grad
 
 
-def private_mean(*, clip_norm: float, noise_multiplier: float, expected_num_clients: float) -> Aggregator:
+def private_mean(plan: Plan, *, clip_norm: float, num_clients: float) -> Aggregator:
     """Client-level DP-FedAvg: every client's update is clipped, the sum is noised once, at the server.
 
-        (sum_k clip(update_k) + N(0, (noise_multiplier * clip_norm)^2)) / expected_num_clients
+        (sum_k clip(update_k) + N(0, (plan.noise_multiplier * clip_norm)^2)) / (plan.sampling_rate * num_clients)
 
     Args:
+        plan: of unit "client" and relation "add_or_remove_one". Cohorts must be sampled as it says; each call is one
+            of its steps.
         clip_norm: L2 bound of one client's update, > 0.
-        noise_multiplier: standard deviation over clip_norm, > 0, for the relation "add_or_remove_one".
-        expected_num_clients: a public constant > 0 (sampling rate times population), never the realised number.
+        num_clients: the population, a public constant > 0, never the realised size of a cohort.
 
     Returns:
         An `Aggregator`. Client weights only say who is present (> 0): unequal weights would change the
         sensitivity. Absent clients contribute exactly nothing, NaN or not.
 
     Raises:
-        ValueError: a setting that is not positive and finite.
+        ValueError: a setting that is not positive and finite, or a plan of another unit or relation.
 
     Source: McMahan et al. 2018 (arXiv 1710.06963), Algorithm 1, with the fixed-denominator estimator.
     """
+    check.one_of("plan.unit", plan.unit, ("client",))
+    check.one_of("plan.relation", plan.relation, ("add_or_remove_one",))
+    check.positive("plan.noise_multiplier", plan.noise_multiplier)
     check.positive("clip_norm", clip_norm)
-    check.positive("noise_multiplier", noise_multiplier)
-    check.positive("expected_num_clients", expected_num_clients)
+    check.positive("num_clients", num_clients)
+    expected_num_clients = plan.sampling_rate * num_clients
 
     def init(params: Params) -> tuple:
         del params
@@ -102,7 +103,7 @@ def private_mean(*, clip_norm: float, noise_multiplier: float, expected_num_clie
         clipped, norm = jax.vmap(lambda update: clip(update, clip_norm))(updates)
         present = weight > 0
         total = trees.weighted_sum(present.astype(jnp.float32), clipped)
-        noisy = add_gaussian(key, total, noise_multiplier * clip_norm)
+        noisy = add_gaussian(key, total, plan.noise_multiplier * clip_norm)
         return trees.scale(noisy, 1 / expected_num_clients), state, jnp.where(present, norm, 0)
 
     return Aggregator(init, apply)

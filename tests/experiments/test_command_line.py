@@ -176,3 +176,8 @@ def test_every_preset_passes_its_own_checks():
     for dataset in ("digits", "pneumonia_mnist"):
         for scale in ("smoke", "cpu", "paper"):
             assert isinstance(preset("combinations", dataset, scale), Study)
+
+
+def test_a_setting_out_of_range_is_told_without_the_parser_around_it(capsys):
+    assert main(["quickstart", "--dp.epsilon", "-1"]) == 2
+    assert capsys.readouterr().err.startswith("error: --dp.epsilon is -1.0: must be ")

@@ -47,9 +47,8 @@ def private_robust_round(backend):
     attack = attacks.pgd(norm="linf", eps=0.1, step_size=0.05, num_steps=1, random_start=True, keep_best=False)
     loss = defenses.adversarial_loss(losses.cross_entropy(apply), apply, attack, clean_share=0.0)
     clipped = privacy.clipped_grad(loss, clip_norm=1.0)
-    gradient = privacy.private_grad(
-        clipped, noise_multiplier=0.5, relation="add_or_remove_one", expected_batch_size=3.0
-    )
+    plan = privacy.Plan("record", "add_or_remove_one", "poisson", 0.5, 10, 0.5, 0.0, 8.0, 1e-5)
+    gradient = privacy.private_grad(clipped, plan, num_records=6)
     algorithm = federated.fedavg(
         lambda round: federated.local_update(gradient, optax.sgd(1.0), skip_empty=False),
         defenses.mean(),

@@ -13,7 +13,7 @@ import pytest
 from fedrobust import data, losses
 from fedrobust.defenses import mean
 from fedrobust.federated import fedavg, latest, local_update, map_clients, mean_grad, rounds, save
-from fedrobust.privacy import clipped_grad, private_grad
+from fedrobust.privacy import Plan, clipped_grad, private_grad
 from fedrobust.types import Dataset, Federated
 
 KEY = jax.random.key(0)
@@ -31,7 +31,8 @@ def build(private, backend="scan"):
     gradient = mean_grad(loss)
     if private:
         clipped = clipped_grad(loss, clip_norm=1.0, microbatch_size=2)
-        gradient = private_grad(clipped, noise_multiplier=1.0, relation="zero_out", expected_batch_size=4.0)
+        plan = Plan("record", "zero_out", "poisson", 0.5, NUM_ROUNDS, 1.0, 0.0, 8.0, 1e-5)
+        gradient = private_grad(clipped, plan, num_records=8)
     return fedavg(
         lambda round: local_update(gradient, optax.adam(0.1 / (1 + round)), skip_empty=not private),
         mean(),

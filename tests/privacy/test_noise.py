@@ -5,13 +5,14 @@ Statistical tests draw N = 200 000 normals at a fixed key. Their standard deviat
 """
 
 import functools
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedrobust.privacy import ClippedGrad, add_gaussian, clipped_grad, private_grad, private_mean
+from fedrobust.privacy import ClippedGrad, Plan, add_gaussian, clipped_grad, private_grad, private_mean
 from fedrobust.types import Batch
 
 KEY = jax.random.key(3)
@@ -33,12 +34,23 @@ def make_batch(mask=True, label=0):
     return Batch(image, np.full(SIZE, label, np.int32), np.full(SIZE, mask))
 
 
+PLAN = Plan(
+    unit="record",
+    relation="add_or_remove_one",
+    sampling="poisson",
+    sampling_rate=0.25,
+    num_steps=3,
+    noise_multiplier=1.2,
+    histogram_epsilon=0.0,
+    epsilon=8.0,
+    delta=1e-5,
+)
+
+
 @functools.cache
-def compiled(**settings):
-    given = {"noise_multiplier": 1.2, "relation": "add_or_remove_one", "expected_batch_size": 5.0} | settings
-    if "class_weight" in given:
-        given["class_weight"] = jnp.asarray(given["class_weight"])
-    return jax.jit(private_grad(CLIPPED, **given))
+def compiled(relation="add_or_remove_one", class_weight=None):
+    weight = None if class_weight is None else jnp.asarray(class_weight)
+    return jax.jit(private_grad(CLIPPED, replace(PLAN, relation=relation), num_records=20, class_weight=weight))
 
 
 def assert_normal(sample, stddev):
@@ -107,30 +119,40 @@ def test_the_noise_does_not_depend_on_the_randomness_of_the_loss():
     def apply(key, params, batch, weight):
         return add_gaussian(key, params, 1.0), None
 
-    settings = {"noise_multiplier": 1.0, "relation": "zero_out", "expected_batch_size": 1.0}
-    batch = make_batch()
-    noise = private_grad(clipped_grad(loss, clip_norm=1.0), **settings)(KEY, PARAMS, make_batch(mask=False))[0]["b"]
-    both = private_grad(ClippedGrad(apply, 1.0), **settings)(KEY, PARAMS, batch)[0]["b"]
+    plan, batch = replace(PLAN, noise_multiplier=1.0), make_batch()
+    empty = make_batch(mask=False)
+    noise = private_grad(clipped_grad(loss, clip_norm=1.0), plan, num_records=4)(KEY, PARAMS, empty)[0]["b"]
+    both = private_grad(ClippedGrad(apply, 1.0), plan, num_records=4)(KEY, PARAMS, batch)[0]["b"]
     drawn = both - noise
     assert_normal(drawn, 1.0)
     assert abs(np.corrcoef(drawn, noise)[0, 1]) < 6 / np.sqrt(N)
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        *((name, value) for name in ("noise_multiplier", "expected_batch_size") for value in (0, -1.0, np.inf, np.nan)),
-        ("relation", "swap"),
-    ],
-)
-def test_a_bad_setting_of_the_private_gradient_is_named(name, value):
-    settings = {"noise_multiplier": 1.0, "relation": "zero_out", "expected_batch_size": 2.0} | {name: value}
-    with pytest.raises(ValueError, match=f"^{name} is "):
-        private_grad(CLIPPED, **settings)
+NOT_POSITIVE = (0, -1.0, np.inf, np.nan)
+
+
+@pytest.mark.parametrize("value", NOT_POSITIVE)
+def test_numbers_of_the_private_gradient_must_be_positive(value):
+    with pytest.raises(ValueError, match=r"^num_records is "):
+        private_grad(CLIPPED, PLAN, num_records=value)
+    with pytest.raises(ValueError, match=r"^plan\.noise_multiplier is "):
+        private_grad(CLIPPED, replace(PLAN, noise_multiplier=value), num_records=2)
+
+
+def test_a_plan_for_something_else_is_refused():
+    with pytest.raises(ValueError, match=r"^relation is 'swap'"):
+        private_grad(CLIPPED, replace(PLAN, relation="swap"), num_records=2)
+    with pytest.raises(ValueError, match=r"^plan\.unit is 'client'"):
+        private_grad(CLIPPED, CLIENT_PLAN, num_records=2)
+    with pytest.raises(ValueError, match=r"^plan\.unit is 'record'"):
+        private_mean(PLAN, clip_norm=1.0, num_clients=2)
+    with pytest.raises(ValueError, match=r"^plan\.relation is 'zero_out'"):
+        private_mean(replace(CLIENT_PLAN, relation="zero_out"), clip_norm=1.0, num_clients=2)
 
 
 NUM_CLIENTS = 5
-MEAN = private_mean(clip_norm=2.0, noise_multiplier=0.7, expected_num_clients=4.0)
+CLIENT_PLAN = replace(PLAN, unit="client", noise_multiplier=0.7)
+MEAN = private_mean(CLIENT_PLAN, clip_norm=2.0, num_clients=16)
 MEAN_APPLY = jax.jit(MEAN.apply)
 
 
@@ -167,9 +189,10 @@ def test_absent_clients_are_nothing_in_the_private_mean_whatever_they_hold():
     assert all(result == results[0] for result in results)
 
 
-@pytest.mark.parametrize("name", ["clip_norm", "noise_multiplier", "expected_num_clients"])
-@pytest.mark.parametrize("value", [0, -1.0, np.inf, np.nan])
-def test_a_bad_setting_of_the_private_mean_is_named(name, value):
-    settings = {"clip_norm": 1.0, "noise_multiplier": 1.0, "expected_num_clients": 2.0} | {name: value}
-    with pytest.raises(ValueError, match=f"^{name} is "):
-        private_mean(**settings)
+@pytest.mark.parametrize("value", NOT_POSITIVE)
+def test_numbers_of_the_private_mean_must_be_positive(value):
+    for name in ("clip_norm", "num_clients"):
+        with pytest.raises(ValueError, match=f"^{name} is "):
+            private_mean(CLIENT_PLAN, **{"clip_norm": 1.0, "num_clients": 2.0} | {name: value})
+    with pytest.raises(ValueError, match=r"^plan\.noise_multiplier is "):
+        private_mean(replace(CLIENT_PLAN, noise_multiplier=value), clip_norm=1.0, num_clients=2)
