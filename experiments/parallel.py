@@ -14,13 +14,13 @@ class Stopped(Exception):  # not an error: another task failed, or the user want
     """Raised in a task that has to end because another one failed."""
 
 
-def run(tasks: Sequence[Callable[[Check], T]], *, at_once: bool) -> list[T]:
+def run(tasks: Sequence[Callable[[Check], T]], *, num_threads: int) -> list[T]:
     """Does every task and returns their results in order.
 
     Args:
         tasks: `check -> result`. A task calls `check()` often; it raises `Stopped` once another task has failed or the
             main thread was interrupted.
-        at_once: in a thread each; otherwise one after the other.
+        num_threads: how many of them at the same time, >= 1. As many as cores: more only divide them.
 
     Raises:
         BaseException: the first failure of a task, after all others have ended.
@@ -31,10 +31,15 @@ def run(tasks: Sequence[Callable[[Check], T]], *, at_once: bool) -> list[T]:
         if stop.is_set():
             raise Stopped
 
-    if not at_once:
+    if num_threads == 1:
         return [task(check) for task in tasks]
-    with ThreadPoolExecutor(len(tasks)) as pool:
-        futures = [pool.submit(task, check) for task in tasks]
+
+    def start(task: Callable[[Check], T]) -> T:
+        check()
+        return task(check)
+
+    with ThreadPoolExecutor(num_threads) as pool:
+        futures = [pool.submit(start, task) for task in tasks]
         try:
             wait(futures, return_when=FIRST_EXCEPTION)
         finally:

@@ -40,7 +40,7 @@ class Trained(NamedTuple):
         channels: the full model's prunable units; None where nothing was pruned.
         masks: what was pruned; None likewise.
         shrink_difference: largest logit difference between masked and small model; None likewise.
-        history: [n, 3] float64: round, training loss, accuracy on val.
+        history: [n, 3] float64: round, training loss, accuracy on val; n = 0 with malicious clients, where nobody asks.
         train_seconds: wall time spent in rounds, over all runs it took; other trainings may have gone on beside it.
     """
 
@@ -187,7 +187,7 @@ def _run_stage(
     began, last_saved = time.perf_counter(), time.perf_counter()
     state, history = saved.state, saved.history.copy()
     for done, state, info in federated.rounds(algorithm, saved.state, draw, key, num_rounds, between=prune):
-        if done % every == 0 or done == total:
+        if (done % every == 0 or done == total) and not job.malicious:
             val = job.site.splits.val
             logits = evaluation.predict(apply, state.average, val.image, BATCH_SIZE)
             loss, accuracy = _present_mean(info), float(np.mean(evaluation.predicted_class(logits) == val.label))
