@@ -37,8 +37,6 @@ _PNEUMONIA = Study(
     train=Training(num_rounds=24),
     dp=DP(num_rounds=150),
     at=AT(clean_share=0.2, warmup=0.4),
-    # Pruned in the first sixth of the rounds, the model that is private and adversarially trained does not learn.
-    mc=MC(begin=0.2, end=0.4),
     poison=Poison(rounds_share=0.5),
 )
 
