@@ -20,7 +20,7 @@ def run(tasks: Sequence[Callable[[Check], T]], *, num_threads: int) -> list[T]:
     Args:
         tasks: `check -> result`. A task calls `check()` often; it raises `Stopped` once another task has failed or the
             main thread was interrupted.
-        num_threads: how many of them at the same time, >= 1. As many as cores: more only divide them.
+        num_threads: how many of them at the same time, >= 1.
 
     Raises:
         BaseException: the first failure of a task, after all others have ended.

@@ -76,8 +76,8 @@ def make_row(
         num_rounds = math.ceil(study.poison.rounds_share * recipe.num_rounds)
         for rule, title in zip(RULES, ("mean", study.poison.rule.replace("_", " ")), strict=True):
             jobs.append(job(f"poisoned, {title}", num_rounds, study.malicious, rule))
-    num_threads = os.cpu_count() or 1 if study.parallel and jax.device_count() == 1 else 1
-    trained, *poisoned = parallel.run(jobs, num_threads=num_threads)
+    at_once = study.parallel and jax.device_count() == 1
+    trained, *poisoned = parallel.run(jobs, num_threads=len(jobs) if at_once else 1)
     evaluated = progress("evaluation")
     evaluated(0, 1, {})
     guarantee = None if recipe.plan is None else dataclasses.asdict(recipe.plan)

@@ -151,8 +151,7 @@ class Study:
     client_map: Literal["auto", "loop", "scan", "vmap", "pmap", "shard_map"] = "auto"
     """How clients are mapped over the machine; changes speed only."""
     parallel: bool = True
-    """Train a row's model and its two poisoned ones at the same time, as far as there are cores, where there is one
-    device; changes speed only."""
+    """Train a row's model and its two poisoned ones at the same time where there is one device; changes speed only."""
     checkpoint_every: float = 30.0
     """Seconds between checkpoints of a row in training."""
     train: Training = field(default_factory=Training)
