@@ -9,7 +9,7 @@ per example and sums them afterwards; these fold the examples into the batch fir
 What runs on which platform is decided at the end of this module, and only there.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import product
 from math import prod
@@ -61,17 +61,17 @@ def contract(role: str, geometry: Geometry, first: jax.Array, second: jax.Array)
     return _bind(role, first, second, geometry=geometry, stacked=False)
 
 
-def plain(geometry: Geometry, image: jax.Array, kernel: jax.Array) -> jax.Array:
-    """The convolution as one `lax.conv_general_dilated`."""
-    ones = (1,) * len(geometry.image)
+def plain(geometry: Geometry, image: jax.Array, kernel: jax.Array, *, roomy: bool = False) -> jax.Array:
+    """The convolution as one `lax.conv_general_dilated`; `roomy`: see `_lax_conv`."""
     return _lax_conv(
         image,
         kernel,
         geometry,
         strides=geometry.strides,
         padding=geometry.padding,
-        image_dilation=ones,
+        image_dilation=(1,) * len(geometry.image),
         kernel_dilation=geometry.dilation,
+        roomy=roomy,
     )
 
 
@@ -84,7 +84,20 @@ def _lax_conv(
     padding: Sequence[tuple[int, int]],
     image_dilation: Sequence[int],
     kernel_dilation: Sequence[int],
+    roomy: bool,
 ) -> jax.Array:
+    """`lax.conv_general_dilated`, channels last; `roomy`: an image smaller than the window is padded beforehand.
+
+    Otherwise XLA for the CPU takes a naive kernel: 64 x 2 x 2 x 48 -> 48 channels, window 3 x 3, 1.9 ms, so 0.19;
+    64 x 2 x 2 x 128 -> 128, 10.3 and 0.77 (2 x86 cores, jax 0.10.2, 2026-11-23). Images of one entry are fine.
+    """
+    sizes = [d * (n - 1) + 1 for d, n in _zip(image_dilation, image.shape[1:-1])]
+    reach = [d * (k - 1) + 1 for d, k in _zip(kernel_dilation, kernel.shape[:-2])]
+    if roomy and any(1 < n < r for n, r in _zip(sizes, reach)):
+        edges = [(low, high, d - 1) for d, (low, high) in _zip(image_dilation, padding)]
+        image = lax.pad(image, jnp.zeros((), image.dtype), ((0, 0, 0), *edges, (0, 0, 0)))
+        image = lax.optimization_barrier(image)  # or XLA folds the padding back into the convolution
+        padding, image_dilation = [(0, 0)] * len(padding), [1] * len(padding)
     spatial = tuple(range(1, image.ndim - 1))
     image_axes = (0, image.ndim - 1, *spatial)
     kernel_axes = (image.ndim - 1, image.ndim - 2, *(axis - 1 for axis in spatial))
@@ -167,55 +180,10 @@ def _on_cpu(role: str, first: jax.Array, second: jax.Array, *, geometry: Geometr
     """
     # With one slice there is nothing to gather: a 1 x 1 window on 64 x 28 x 28 x 64 -> 128 sliced 25 ms, swapped 46.
     is_sliced = geometry.groups > 1 or prod(geometry.window) == 1
-    ways = {"output": _forward, "image": _flipped, "kernel": _sliced if is_sliced else _swapped}
+    forward: Callable[..., jax.Array] = partial(plain, roomy=True)
+    ways = {"output": forward, "image": _flipped, "kernel": _sliced if is_sliced else _swapped}
     one = partial(ways[role], geometry)
     return lax.map(lambda pair: one(*pair), (first, second)) if stacked else one(first, second)
-
-
-def _roomy_conv(
-    image: jax.Array,
-    kernel: jax.Array,
-    geometry: Geometry,
-    *,
-    strides: Sequence[int],
-    padding: Sequence[tuple[int, int]],
-    image_dilation: Sequence[int],
-    kernel_dilation: Sequence[int],
-) -> jax.Array:
-    """`_lax_conv`, where the image is smaller than the window on an image padded beforehand.
-
-    XLA for the CPU computes the former with a naive kernel: 64 x 2 x 2 x 48 -> 48 channels, window 3 x 3, 1.9 ms, so
-    0.19; 64 x 2 x 2 x 128 -> 128, 10.3 and 0.77 (2 x86 cores, jax 0.10.2, 2026-11-23). Images of one entry are fine.
-    """
-    sizes = [d * (n - 1) + 1 for d, n in _zip(image_dilation, image.shape[1:-1])]
-    reach = [d * (k - 1) + 1 for d, k in _zip(kernel_dilation, kernel.shape[:-2])]
-    if any(1 < n < r for n, r in _zip(sizes, reach)):
-        edges = [(low, high, d - 1) for d, (low, high) in _zip(image_dilation, padding)]
-        image = lax.pad(image, jnp.zeros((), image.dtype), ((0, 0, 0), *edges, (0, 0, 0)))
-        image = lax.optimization_barrier(image)  # or XLA folds the padding back into the convolution
-        padding, image_dilation = [(0, 0)] * len(padding), [1] * len(padding)
-    return _lax_conv(
-        image,
-        kernel,
-        geometry,
-        strides=strides,
-        padding=padding,
-        image_dilation=image_dilation,
-        kernel_dilation=kernel_dilation,
-    )
-
-
-def _forward(geometry: Geometry, image: jax.Array, kernel: jax.Array) -> jax.Array:
-    """The convolution itself."""
-    return _roomy_conv(
-        image,
-        kernel,
-        geometry,
-        strides=geometry.strides,
-        padding=geometry.padding,
-        image_dilation=(1,) * len(geometry.image),
-        kernel_dilation=geometry.dilation,
-    )
 
 
 def _flipped(geometry: Geometry, kernel: jax.Array, output: jax.Array) -> jax.Array:
@@ -235,7 +203,7 @@ def _flipped(geometry: Geometry, kernel: jax.Array, output: jax.Array) -> jax.Ar
     ]
     ones = (1,) * len(before)
     padding = list(_zip(before, after))
-    return _roomy_conv(
+    return _lax_conv(
         output,
         kernel,
         geometry,
@@ -243,6 +211,7 @@ def _flipped(geometry: Geometry, kernel: jax.Array, output: jax.Array) -> jax.Ar
         padding=padding,
         image_dilation=geometry.strides,
         kernel_dilation=geometry.dilation,
+        roomy=True,
     )
 
 
@@ -258,7 +227,7 @@ def _swapped(geometry: Geometry, image: jax.Array, output: jax.Array) -> jax.Arr
         for d, k, s, n in _zip(geometry.dilation, geometry.window, geometry.strides, output.shape[:-2])
     ]
     padding = [(low, r - size - low) for r, size, (low, _) in _zip(reach, geometry.image, geometry.padding)]
-    kernel = _roomy_conv(
+    kernel = _lax_conv(
         image,
         output,
         geometry,
@@ -266,6 +235,7 @@ def _swapped(geometry: Geometry, image: jax.Array, output: jax.Array) -> jax.Arr
         padding=padding,
         image_dilation=(1,) * len(padding),
         kernel_dilation=geometry.strides,
+        roomy=True,
     )
     return jnp.moveaxis(kernel, 0, -2)
 
