@@ -1,0 +1,45 @@
+"""Seeded privacy bugs: each is caught by its law, and the right trainer breaks none, whatever the seed."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+
+
+def _load(name):
+    """A neighbour of this file, under its bare name."""
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, HERE / f"{name}.py")
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+patching, laws, bugs = (_load(name) for name in ("patching", "laws", "bugs"))
+LAWS = {law.__name__: law for law in laws.LAWS}
+SEEDS = range(20)
+
+
+@pytest.fixture(scope="module")
+def right():
+    return patching.trainer()
+
+
+@pytest.mark.parametrize("law", LAWS.values(), ids=LAWS)
+def test_the_right_trainer_obeys_the_law_for_every_seed(law, right):
+    for seed in SEEDS:
+        law(right, seed)
+
+
+@pytest.mark.parametrize("bug", bugs.BUGS, ids=lambda bug: bug.name)
+def test_the_bug_is_caught(bug):
+    with patching.patched(bug) as trainer, pytest.raises((AssertionError, ValueError)):
+        LAWS[bug.law](trainer, 0)
+
+
+def test_there_are_enough_bugs_and_every_law_catches_one():
+    assert len({bug.name for bug in bugs.BUGS}) == len(bugs.BUGS) >= 25
+    assert {bug.law for bug in bugs.BUGS} >= LAWS.keys() - {"an_auditor_finds_no_more_than_is_claimed"}
