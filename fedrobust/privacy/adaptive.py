@@ -91,10 +91,9 @@ def effective_noise_multiplier(noise_multiplier: float, count_noise_stddev: floa
 
         z_eff = (z^-2 + (2 sigma_b)^-2)^(-1/2)
 
-    Both are released about the same sample; scaled to sensitivity 1 each, they are one vector of sensitivity
-    (z^-2 + (2 sigma_b)^-2)^(1/2) under unit noise. It holds where one record moves the count by 1/2 ("add_or_remove_one",
-    "zero_out") and, z being relative to the doubled sensitivity, for "replace_one" with sigma_b in place of 2 sigma_b:
-    give half the standard deviation there.
+    Both are released about the same sample; scaled to unit noise each, they are one vector of sensitivity
+    (z^-2 + (2 sigma_b)^-2)^(1/2). For "add_or_remove_one" and "zero_out", where one record moves the count by 1/2.
+    With "replace_one" it moves the count by 1: give sigma_b / 2 there.
 
     Args:
         noise_multiplier: z > 0, noise on the sum over its sensitivity.

@@ -66,8 +66,8 @@ def per_example(loss: Loss, groups: Grouping | None) -> ClippedSum:
     return clipped_sum
 
 
-def norms_first(loss: Loss, microbatch_size: int | None) -> ClippedSum:
-    """One pass for the norms, then one gradient of the sum of `factor_i * loss_i`; no two gradients at once are kept.
+def norms_first(loss: Loss, microbatch_size: int) -> ClippedSum:
+    """One pass for the norms, in microbatches, then one gradient of the sum of `factor_i * loss_i` over the batch.
 
     Args:
         loss: is called with one example at a time, in both passes.
@@ -85,7 +85,7 @@ def norms_first(loss: Loss, microbatch_size: int | None) -> ClippedSum:
 
         return (), _without_padding(batch.mask, *jax.vmap(one)(key, batch.image, batch.label))
 
-    find_norms = norms_of if microbatch_size is None else in_microbatches(norms_of, microbatch_size, lambda _: ())
+    find_norms = in_microbatches(norms_of, microbatch_size, lambda _: ())
 
     def clipped_sum(
         key: Key, params: Params, batch: Batch, weight: jax.Array, clip_norm: float | jax.Array

@@ -112,11 +112,13 @@ def clipped_grad(
         clip_norm: C, a Python number > 0 or a JAX scalar (built inside `jit`, as adaptive clipping does), which is not
             checked.
         method: "per_example" differentiates each example once and holds the gradients of a microbatch. "norms_first"
-            differentiates twice, once for the norms and once the whole batch as a weighted sum, whose memory is that of
-            a step without privacy. The sum is the same to float rounding.
-        microbatch_size: None takes the whole batch at once. m >= 1 loops over m examples at a time and stops after
-            the last real example, so memory is O(m * D) and time follows the realised batch; for "norms_first" this is
-            the pass for the norms. The sum is the same to float rounding.
+            differentiates twice, first for the norms, then the whole batch as one weighted sum; it holds the gradients
+            of a microbatch while it measures them. Memory at batch 512, ResNet-9 of width 32 on 28 x 28: without
+            privacy 560 MB; "per_example" 1779 whole, 66 in microbatches of 16; "norms_first" 560 (x86 CPU, jax 0.10.2,
+            2026-11-23). The sum is the same to float rounding.
+        microbatch_size: None takes the whole batch at once, for "per_example" only. m >= 1 loops over m examples at a
+            time and stops after the last real example, so memory is O(m * D) and time follows the realised batch; for
+            "norms_first" this is the pass for the norms. The sum is the same to float rounding.
         groups: None clips the whole gradient. Else a function from a parameter's key path to its group, such as
             `by_layer`: each of G groups is clipped to C / sqrt(G), so the total stays within C. "per_example" only: one
             weight per example cannot carry G factors.
@@ -126,7 +128,7 @@ def clipped_grad(
         beyond the example's own record.
 
     Raises:
-        ValueError: clip_norm not positive and finite, microbatch_size < 1, unknown method, or groups with "norms_first".
+        ValueError: clip_norm not positive and finite, microbatch_size < 1, unknown method, groups with "norms_first".
 
     Guarantees:
         Padding contributes exactly 0 whatever it holds, and so does an example whose gradient is not finite. Example i
@@ -142,7 +144,7 @@ def clipped_grad(
     if not isinstance(clip_norm, jax.Array):
         check.positive("clip_norm", clip_norm)
     check.one_of("method", method, METHODS)
-    if microbatch_size is not None:
+    if microbatch_size is not None or method == "norms_first":
         check.at_least("microbatch_size", microbatch_size, 1)
     check.require(groups is None or method == "per_example", "groups", groups, f"None for method {method!r}")
     clipped_sum = _choose(trace.fast_convolutions(loss), method, microbatch_size, groups)
@@ -161,7 +163,7 @@ def clipped_grad(
 
 
 def _choose(loss: Loss, method: str, microbatch_size: int | None, groups: Grouping | None) -> ClippedSum:
-    if method == "norms_first":
+    if method == "norms_first" and microbatch_size is not None:
         return norms_first(loss, microbatch_size)
     whole = per_example(loss, groups)
     return whole if microbatch_size is None else in_microbatches(whole, microbatch_size, trees.zeros_like)
@@ -180,6 +182,7 @@ def blank_padding(batch: Batch, weight: jax.Array) -> tuple[Batch, jax.Array]:
     mask = batch.mask
 
     def blank(x: jax.Array) -> jax.Array:
+        x = jnp.asarray(x)
         return jnp.where(mask.reshape(mask.shape + (1,) * (x.ndim - 1)), x, jnp.zeros((), x.dtype))
 
     return Batch(*jax.tree.map(blank, (batch.image, batch.label)), mask), blank(weight)

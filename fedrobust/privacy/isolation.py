@@ -29,8 +29,8 @@ def coupling(loss: Loss, key: Key, params: Params, image: Any, label: Any) -> ja
         label: pytree of arrays [B, ...].
 
     Returns:
-        [B,B] float32: entry (i, j) is what replacing record j does to record i, the larger of the two changes, each over
-        1 + its value; NaN where something is not finite. The diagonal is what it does to itself.
+        [B,B] float32: entry (i, j) is what replacing record j does to record i, the larger of the two changes, each
+        over 1 + its value; NaN where something is not finite. The diagonal is what it does to itself.
 
     Raises:
         ValueError: fewer than two records, or a record that equals its neighbour.
@@ -45,9 +45,9 @@ def coupling(loss: Loss, key: Key, params: Params, image: Any, label: Any) -> ja
     following = jax.tree.map(lambda x: jnp.roll(jnp.asarray(x), -1, axis=0), records)
     _require_distinct(records, following, size)
     of_loss, of_direction = jax.random.split(key)
-    leaves, structure = jax.tree.flatten(params)
-    keys = jax.random.split(of_direction, len(leaves))
-    direction = [jax.random.normal(k, x.shape) / max(1, x.size) ** 0.5 for k, x in zip(keys, leaves, strict=True)]
+    leaves = jax.tree.leaves(params)
+    rng = np.random.default_rng(np.asarray(jax.random.key_data(of_direction)))
+    direction = [(rng.normal(size=x.shape) / max(1, x.size) ** 0.5).astype(x.dtype) for x in leaves]
 
     def seen(replaced: jax.Array, params: Params) -> jax.Array:
         """[2,B]: losses, and their derivatives along the direction, with one record replaced; none for -1."""
@@ -90,7 +90,7 @@ def require_isolated(loss: Loss, key: Key, params: Params, image: Any, label: An
         What `coupling` can see. A loss that passes may still couple other records at other parameters; `clipped_grad`
         keeps records apart by itself, and this says whether that changes what the loss means.
     """
-    moved = np.asarray(coupling(loss, key, params, image, label))
+    moved = np.array(coupling(loss, key, params, image, label))
     check.require(bool(np.isfinite(moved).all()), "loss", "not finite", "finite for these records and their neighbours")
     np.fill_diagonal(moved, 0)
     i, j = np.unravel_index(np.argmax(moved), moved.shape)
