@@ -21,7 +21,8 @@ def fast_convolutions(function: Callable[..., Any]) -> Callable[..., Any]:
     For models written with `flax.linen.Conv`, `haiku.Conv2D` or `jax.lax`, whose weight gradients are slow inside loops
     and under `vmap` on a CPU. Convolutions inside jitted functions, `jax.checkpoint`, scans, while loops and branches
     are replaced as well, those inside functions with a `custom_jvp` or `custom_vjp` are not, nor are convolutions in
-    another layout and transposed ones.
+    another layout, transposed ones, and input gradients of strided ones that the function itself takes (an attack
+    inside a loss: wrap the model the attack sees).
 
     Args:
         function: a pure function of pytrees: a model, a loss.
