@@ -1,23 +1,41 @@
 """Differential privacy: clipping, noise, plans. What leaves this room knows its sensitivity or its cost."""
 
-from fedrobust.privacy.clipping import RELATIONS, ClipInfo, ClippedGrad, blank_padding, clip, clipped_grad
+from fedrobust.privacy.adaptive import AdaptiveClipNorm, adaptive_clip_norm, effective_noise_multiplier
+from fedrobust.privacy.clipping import (
+    METHODS,
+    RELATIONS,
+    ClipInfo,
+    ClippedGrad,
+    blank_padding,
+    by_layer,
+    clip,
+    clipped_grad,
+)
 from fedrobust.privacy.histogram import private_class_weight
+from fedrobust.privacy.isolation import coupling, require_isolated
 from fedrobust.privacy.noise import add_gaussian, private_grad, private_mean
 from fedrobust.privacy.plan import UNITS, Plan, epsilon_spent, make_plan
 
 __all__ = [
+    "METHODS",
     "RELATIONS",
     "UNITS",
+    "AdaptiveClipNorm",
     "ClipInfo",
     "ClippedGrad",
     "Plan",
+    "adaptive_clip_norm",
     "add_gaussian",
     "blank_padding",
+    "by_layer",
     "clip",
     "clipped_grad",
+    "coupling",
+    "effective_noise_multiplier",
     "epsilon_spent",
     "make_plan",
     "private_class_weight",
     "private_grad",
     "private_mean",
+    "require_isolated",
 ]

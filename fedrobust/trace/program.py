@@ -100,38 +100,9 @@ def evaluate(program: Program, inputs: Sequence[Any], emit: Callable[..., list[A
 def apply_equation(equation: Equation, *arrays: Any, **changes: Any) -> list[Any]:
     """Applies one equation, some settings changed; a channels-last convolution becomes `fedrobust.ops.conv`."""
     settings = {**equation.settings, **changes}
-    if equation.name == "conv_general_dilated" and _is_channels_last(settings, *arrays):
-        return [
-            ops.conv(
-                *arrays,
-                strides=settings["window_strides"],
-                padding=settings["padding"],
-                kernel_dilation=settings["rhs_dilation"],
-                groups=settings["feature_group_count"],
-            )
-        ]
+    if equation.name == "conv_general_dilated" and is_channels_last(settings, *arrays):
+        return [channels_last_convolution(settings, *arrays)]
     return equation.bind(*arrays, **changes)
-
-
-def fast_convolutions(apply: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function with every channels-last convolution replaced by `fedrobust.ops.conv`.
-
-    For models written with `flax.linen.Conv`, `haiku.Conv2D` or `jax.lax`, whose weight gradients are slow inside loops
-    and under `vmap` on a CPU.
-
-    Args:
-        apply: a pure function of pytrees.
-
-    Returns:
-        A function of the same arguments and results. It takes positional arguments only.
-    """
-
-    def fast(*args: Any) -> Any:
-        result = jax.eval_shape(apply, *args)
-        leaves = evaluate(read(apply, *args), jax.tree.leaves(args))
-        return jax.tree.unflatten(jax.tree.structure(result), leaves)
-
-    return fast
 
 
 def nested(equation: Equation) -> list[Program]:
@@ -146,19 +117,32 @@ def nested(equation: Equation) -> list[Program]:
     return found
 
 
-def _is_channels_last(settings: dict[str, Any], image: Any, kernel: Any) -> bool:
+def is_channels_last(settings: dict[str, Any], image: Any, kernel: Any) -> bool:
+    """Whether a `conv_general_dilated` of these settings and shapes can be a `fedrobust.ops.conv`."""
     last = image.ndim - 1
     dims = settings["dimension_numbers"]
-    spatial = tuple(range(1, last))
     return (
         last >= 2
-        and tuple(dims.lhs_spec) == tuple(dims.out_spec) == (0, last, *spatial)
-        and tuple(dims.rhs_spec) == (last, last - 1, *range(last - 1))
+        and tuple(dims.lhs_spec) == tuple(dims.out_spec) == (0, last, *range(1, last))
         and set(settings["lhs_dilation"]) == {1}
         and settings["batch_group_count"] == 1
         and settings["precision"] is None
         and settings["preferred_element_type"] in (None, image.dtype)
         and image.dtype == kernel.dtype
+    )
+
+
+def channels_last_convolution(settings: dict[str, Any], image: Any, kernel: Any) -> jax.Array:
+    """The same convolution by `fedrobust.ops.conv`, its kernel transposed where the layout asks for it."""
+    outputs, inputs, *window = settings["dimension_numbers"].rhs_spec
+    order = (*window, inputs, outputs)
+    return ops.conv(
+        image,
+        kernel if order == tuple(range(kernel.ndim)) else jax.numpy.transpose(kernel, order),
+        strides=settings["window_strides"],
+        padding=settings["padding"],
+        kernel_dilation=settings["rhs_dilation"],
+        groups=settings["feature_group_count"],
     )
 
 
@@ -207,7 +191,7 @@ class _Builder:
                 return self.inline(eqn.params["call_jaxpr"], inputs)
             rule = _derivative(eqn) if name == "custom_jvp_call" else None
         outputs = [self.number(var.aval) for var in eqn.outvars]
-        self.equations.append(Equation(name, tuple(inputs), tuple(outputs), eqn.params, _binder(eqn), body, rule))
+        self.equations.append(Equation(name, tuple(inputs), tuple(outputs), eqn.params, binder(eqn), body, rule))
         return outputs
 
 
@@ -218,7 +202,9 @@ def _flatten(closed: Any, keep_rules: bool) -> Program:
     return Program(tuple(inputs), tuple(outputs), builder.constants, tuple(builder.equations), tuple(builder.values))
 
 
-def _binder(eqn: Any) -> Callable[..., list[jax.Array]]:
+def binder(eqn: Any) -> Callable[..., list[jax.Array]]:
+    """A jaxpr's equation as a function `(*arrays, **changed settings) -> list of arrays`."""
+
     def bind(*arrays: Any, **changes: Any) -> list[jax.Array]:
         result = eqn.primitive.bind(*arrays, **eqn.primitive.get_bind_params({**eqn.params, **changes}))
         return list(result) if eqn.primitive.multiple_results else [result]
@@ -231,6 +217,6 @@ def _derivative(eqn: Any) -> Program | None:
     shapes = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.invars]
     if not all(jax.numpy.issubdtype(s.dtype, jax.numpy.inexact) for s in shapes):
         return None
-    bind = _binder(eqn)
+    bind = binder(eqn)
     rule = jax.make_jaxpr(lambda primals, tangents: jax.jvp(bind, primals, tangents))(shapes, shapes)
     return _flatten(rule, keep_rules=False)

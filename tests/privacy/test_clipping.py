@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from fedrobust import losses
 from fedrobust.attacks import pgd
 from fedrobust.defenses import adversarial_loss
-from fedrobust.privacy import RELATIONS, blank_padding, clip, clipped_grad
+from fedrobust.privacy import RELATIONS, blank_padding, by_layer, clip, clipped_grad
 from fedrobust.types import Batch
 
 KEY = jax.random.key(0)
@@ -47,11 +47,26 @@ def make_batch(seed=0, size=SIZE, mask=MASK):
 
 
 PARAMS = make_params(np.random.default_rng(9))
+SAME = {
+    "whole": {},
+    "microbatches": {"microbatch_size": 3},
+    "norms first": {"method": "norms_first", "microbatch_size": 3},
+}
+WAYS = {**SAME, "groups": {"groups": lambda path: path}, "groups, microbatches": {"groups": str, "microbatch_size": 3}}
+every_way = pytest.mark.parametrize("way", WAYS)
+
+
+PIECES = {"one by one": {"microbatch_size": 1}, "one piece too large": {"microbatch_size": 100}}
 
 
 @functools.cache
-def compiled(loss=LINEAR, microbatch_size=None, clip_norm=CLIP_NORM):
-    return jax.jit(clipped_grad(loss, clip_norm=clip_norm, microbatch_size=microbatch_size).apply)
+def compiled_for_any_norm(loss, way):
+    settings = {**WAYS, **PIECES}[way]
+    return jax.jit(lambda clip_norm, *args: clipped_grad(loss, clip_norm=clip_norm, **settings).apply(*args))
+
+
+def compiled(loss=LINEAR, way="whole", clip_norm=CLIP_NORM):
+    return functools.partial(compiled_for_any_norm(loss, way), clip_norm)
 
 
 def vector(tree):
@@ -122,10 +137,10 @@ def test_clip_of_what_is_not_finite_is_exactly_zero(bad):
     assert not np.isfinite(norm)
 
 
-@pytest.mark.parametrize("clip_norm", [0.05, CLIP_NORM, 50.0])
-def test_clipped_sum_equals_a_loop_in_float64(clip_norm):
+@pytest.mark.parametrize(("clip_norm", "way"), [(0.05, "whole"), (50.0, "whole"), *((CLIP_NORM, way) for way in SAME)])
+def test_clipped_sum_equals_a_loop_in_float64(clip_norm, way):
     batch = make_batch()
-    total, info = compiled(clip_norm=clip_norm)(KEY, PARAMS, batch, WEIGHT)
+    total, info = compiled(LINEAR, way, clip_norm)(KEY, PARAMS, batch, WEIGHT)
     expected, norm, loss = oracle(PARAMS, batch, WEIGHT, clip_norm)
     np.testing.assert_allclose(vector(total), expected, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(info.norm, norm, rtol=1e-5)
@@ -133,37 +148,51 @@ def test_clipped_sum_equals_a_loop_in_float64(clip_norm):
     assert info.num_dropped == 0
 
 
-def test_clipped_sum_never_exceeds_norm_times_weights():
+@every_way
+def test_clipped_sum_never_exceeds_norm_times_weights(way):
     """Equal records make the bound tight: a clip per leaf, or of the sum alone, would miss it."""
     batch = make_batch()
     same = batch._replace(image=np.repeat(batch.image[:1], SIZE, 0), label=np.repeat(batch.label[:1], SIZE))
-    length = np.linalg.norm(vector(compiled(clip_norm=0.01)(KEY, PARAMS, same, WEIGHT)[0]))
+    length = np.linalg.norm(vector(compiled(LINEAR, way, 0.01)(KEY, PARAMS, same, WEIGHT)[0]))
     bound = 0.01 * WEIGHT[MASK].sum()
-    assert 0.9999 * bound <= length <= bound * (1 + 1e-7)
+    # Of three groups, one has a gradient of zero: the model does not use it.
+    tight = np.sqrt(2 / 3) if "groups" in WAYS[way] else 1
+    assert 0.9999 * bound * tight <= length <= bound * tight * (1 + 1e-7)
 
 
+@every_way
 @settings(max_examples=20)
 @given(seed=st.integers(0, 10**6))
-def test_clipped_sum_stays_in_the_ball_for_any_records(seed):
+def test_clipped_sum_stays_in_the_ball_for_any_records(way, seed):
     rng = np.random.default_rng(seed)
     batch = make_batch(seed)._replace(mask=rng.random(SIZE) < 0.7)
     batch = batch._replace(image=batch.image * np.float32(10 ** rng.uniform(-3, 6)))
     weight = rng.uniform(0, 1, SIZE).astype(np.float32)
-    length = np.linalg.norm(vector(compiled()(KEY, PARAMS, batch, weight)[0]))
+    length = np.linalg.norm(vector(compiled(LINEAR, way)(KEY, PARAMS, batch, weight)[0]))
     assert length <= CLIP_NORM * weight[batch.mask].sum() * (1 + 1e-6)
 
 
 @pytest.mark.parametrize(
-    ("loss", "microbatch_size"), [(LINEAR, 1), (LINEAR, 2), (ADVERSARIAL, 3), (LINEAR, SIZE), (LINEAR, 100)]
+    ("loss", "way"), [*((LINEAR, way) for way in (*SAME, *PIECES)), *((ADVERSARIAL, way) for way in SAME)]
 )
-def test_microbatches_equal_the_whole_batch(loss, microbatch_size):
+def test_method_and_microbatch_size_change_nothing_but_speed(loss, way):
     batch = make_batch()
-    for mask in (MASK, np.zeros(SIZE, bool), np.arange(SIZE) == SIZE - 1):
-        part = batch._replace(mask=mask)
-        whole = compiled(loss)(KEY, PARAMS, part, WEIGHT)
-        looped = compiled(loss, microbatch_size)(KEY, PARAMS, part, WEIGHT)
-        np.testing.assert_allclose(vector(looped), vector(whole), rtol=1e-4, atol=1e-6)
-        assert looped[1].norm.shape == (SIZE,)
+    image = batch.image.copy()
+    image[1], image[4] = np.nan, np.inf
+    for mask, x in (
+        (MASK, batch.image),
+        (MASK, image),
+        (np.zeros(SIZE, bool), image),
+        (np.arange(SIZE) == SIZE - 1, image),
+        (np.arange(SIZE) == 1, image),
+    ):
+        part = batch._replace(mask=mask, image=x)
+        total, info = compiled(loss)(KEY, PARAMS, part, WEIGHT)
+        same, same_info = compiled(loss, way)(KEY, PARAMS, part, WEIGHT)
+        np.testing.assert_allclose(vector(same), vector(total), rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(same_info.norm, info.norm, rtol=1e-5)
+        np.testing.assert_allclose(same_info.loss, info.loss, rtol=1e-5)
+        assert same_info.num_dropped == info.num_dropped == np.isin([1, 4], np.flatnonzero(mask)).sum() * (x is image)
 
 
 def test_no_weights_are_unit_weights():
@@ -172,15 +201,15 @@ def test_no_weights_are_unit_weights():
     np.testing.assert_allclose(vector(clipped(KEY, PARAMS, batch)[0]), vector(expected), rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("microbatch_size", [None, 3])
-def test_padding_is_nothing_whatever_it_holds(microbatch_size):
+@every_way
+def test_padding_is_nothing_whatever_it_holds(way):
     batch = make_batch()
     results = []
     for junk, label in ((0, 0), (np.nan, -5), (np.inf, 10**9), (-1e38, 2)):
         image = np.where(MASK[:, None, None, None], batch.image, np.float32(junk))
         padded = Batch(image, np.where(MASK, batch.label, np.int32(label)), MASK)
         weight = np.where(MASK, WEIGHT, np.float32(junk))
-        results.append(bits(compiled(ADVERSARIAL, microbatch_size)(KEY, PARAMS, padded, weight)))
+        results.append(bits(compiled(ADVERSARIAL, way)(KEY, PARAMS, padded, weight)))
     assert all(result == results[0] for result in results[1:])
 
 
@@ -195,27 +224,42 @@ def test_blank_padding_by_hand():
     assert weight.tolist() == [0, 0.5]
 
 
-def test_an_empty_batch_gives_exactly_zero():
-    for microbatch_size in (None, 3):
-        batch = make_batch()._replace(mask=np.zeros(SIZE, bool))
-        total, info = compiled(ADVERSARIAL, microbatch_size)(KEY, PARAMS, batch, WEIGHT)
-        assert not vector(total).any()
-        assert (info.loss, info.num_dropped) == (0, 0)
-        assert not info.norm.any()
+@every_way
+def test_an_empty_batch_gives_exactly_zero(way):
+    batch = make_batch()._replace(mask=np.zeros(SIZE, bool))
+    total, info = compiled(ADVERSARIAL, way)(KEY, PARAMS, batch, WEIGHT)
+    assert not vector(total).any()
+    assert (info.loss, info.num_dropped) == (0, 0)
+    assert not info.norm.any()
 
 
-@pytest.mark.parametrize("microbatch_size", [None, 3])
-def test_a_record_that_is_not_finite_contributes_zero_and_is_counted(microbatch_size):
+@every_way
+def test_a_record_that_is_not_finite_contributes_zero_and_is_counted(way):
     batch, ones = make_batch(mask=np.ones(SIZE, bool)), np.ones(SIZE, np.float32)
     image = batch.image.copy()
     image[1], image[3], image[5] = np.nan, np.inf, 1e25  # the last: finite, but its norm overflows
-    run = compiled(LINEAR, microbatch_size)
+    run = compiled(LINEAR, way)
     total, info = run(KEY, PARAMS, batch._replace(image=image), ones)
     without = np.isin(np.arange(SIZE), [1, 3, 5], invert=True)
     expected, _ = run(KEY, PARAMS, batch._replace(mask=without), ones)
     np.testing.assert_allclose(vector(total), vector(expected), rtol=1e-5, atol=1e-7)
     assert info.num_dropped == 3
     assert (~np.isfinite(info.norm)).tolist() == (~without).tolist()
+    total, info = run(KEY, PARAMS, batch._replace(image=np.full_like(image, np.nan)), ones)
+    assert not vector(total).any() and info.num_dropped == SIZE
+
+
+@every_way
+def test_a_loss_whose_gradient_is_infinite_at_zero_is_no_trouble_for_padding(way):
+    """Blank padding is all zeros, where this gradient is inf: a factor 0 would make it NaN."""
+
+    def loss(key, params, image, label):
+        return jnp.sum(jnp.sqrt(image.reshape(len(label), -1) * params["b"][0] ** 2), axis=1)
+
+    batch = make_batch()
+    total, info = jax.jit(clipped_grad(loss, clip_norm=CLIP_NORM, **WAYS[way]).apply)(KEY, PARAMS, batch, WEIGHT)
+    assert np.isfinite(vector(total)).all() and vector(total).any()
+    assert info.num_dropped == 0
 
 
 def test_weights_are_clamped_to_the_unit_interval():
@@ -225,9 +269,9 @@ def test_weights_are_clamped_to_the_unit_interval():
     assert bits(total) == bits(tame)
 
 
-@pytest.mark.parametrize(("loss", "microbatch_size"), [(LINEAR, 2), (ADVERSARIAL, None), (ADVERSARIAL, 3)])
-def test_replacing_a_record_changes_no_other_contribution_by_one_bit(loss, microbatch_size):
-    run = compiled(loss, microbatch_size)
+@pytest.mark.parametrize(("loss", "way"), [(LINEAR, "microbatches"), *((ADVERSARIAL, way) for way in WAYS)])
+def test_replacing_a_record_changes_no_other_contribution_by_one_bit(loss, way):
+    run = compiled(loss, way)
     batch, replaced = make_batch(mask=np.ones(SIZE, bool)), 2
     image, label = batch.image.copy(), batch.label.copy()
     image[replaced], label[replaced] = 1 - image[replaced], (label[replaced] + 1) % 3
@@ -255,13 +299,14 @@ def opposite_loss(key, params, image, label):
     return 100 * params["a"][0] * (1 - 2 * label)
 
 
-def test_sensitivity_is_reached_and_never_exceeded_by_neighbours():
-    clipped = clipped_grad(opposite_loss, clip_norm=0.5)
-    params, image = {"a": jnp.ones(1)}, np.zeros((3, 1, 1, 1), np.float32)
+@every_way
+def test_sensitivity_is_reached_and_never_exceeded_by_neighbours(way):
+    clipped = clipped_grad(opposite_loss, clip_norm=0.5, **WAYS[way])
+    params, image, run = {"a": jnp.ones(1)}, np.zeros((3, 1, 1, 1), np.float32), jax.jit(clipped)
     here, gone = np.ones(3, bool), np.array([True, True, False])
 
     def total(label, mask):
-        return clipped(KEY, params, Batch(image, np.array(label, np.int32), mask))[0]["a"][0]
+        return run(KEY, params, Batch(image, np.array(label, np.int32), mask))[0]["a"][0]
 
     base = total([0, 1, 0], here)
     change = {
@@ -286,8 +331,98 @@ def test_an_unknown_relation_is_refused_by_name():
     [
         *(("clip_norm", {"clip_norm": value}) for value in (0, -1.0, np.inf, np.nan)),
         *(("microbatch_size", {"clip_norm": 1.0, "microbatch_size": value}) for value in (0, -2, 1.5)),
+        ("microbatch_size", {"clip_norm": 1.0, "method": "norms_first"}),
+        ("method", {"clip_norm": 1.0, "method": "ghost"}),
+        ("groups", {"clip_norm": 1.0, "method": "norms_first", "microbatch_size": 2, "groups": by_layer}),
     ],
 )
 def test_a_bad_setting_is_named(name, setting):
     with pytest.raises(ValueError, match=f"^{name} is "):
         clipped_grad(LINEAR, **setting)
+
+
+def test_a_group_is_clipped_to_its_share_of_the_norm():
+    """By hand in float64: b and w are groups, v takes no part in the loss but counts as one."""
+    batch = make_batch()
+    gradients, _ = softmax_gradients(PARAMS, batch)
+    total, info = compiled(LINEAR, "groups")(KEY, PARAMS, batch, WEIGHT)
+    expected = np.zeros(gradients.shape[1])
+    for i in np.flatnonzero(MASK):
+        for part in (slice(0, 3), slice(12, None)):
+            g = gradients[i, part]
+            expected[part] += WEIGHT[i] * g * min(1, CLIP_NORM / np.sqrt(3) / np.linalg.norm(g))
+    np.testing.assert_allclose(vector(total), expected, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(info.norm, np.linalg.norm(gradients, axis=1) * MASK, rtol=1e-5)
+
+
+def test_layers_are_groups_of_all_that_lies_under_one_path():
+    params = {"params": {"conv": {"kernel": 1.0, "bias": 2.0}, "dense": {"kernel": 3.0}}}
+    paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
+    groups = [by_layer(path) for path in paths]
+    assert groups[0] == groups[1] != groups[2]
+    assert by_layer(jax.tree_util.tree_flatten_with_path({"w": 1.0, "b": 1.0})[0][0][0]) == ()
+
+
+@pytest.mark.parametrize("way", ["microbatches", "norms first", "groups"])
+def test_a_traced_clip_norm_gives_what_a_static_one_gives_and_a_traced_sensitivity(way):
+    batch = make_batch()
+    static = jax.jit(clipped_grad(LINEAR, clip_norm=CLIP_NORM, **WAYS[way]).apply)(KEY, PARAMS, batch, WEIGHT)[0]
+    traced = compiled(LINEAR, way)(KEY, PARAMS, batch, WEIGHT)[0]
+    np.testing.assert_allclose(vector(traced), vector(static), rtol=1e-6, atol=1e-7)
+    assert compiled_for_any_norm(LINEAR, way)._cache_size() == 1
+
+    @jax.jit
+    def sensitivity(clip_norm):
+        return [clipped_grad(LINEAR, clip_norm=clip_norm, **WAYS[way]).sensitivity(name) for name in RELATIONS]
+
+    np.testing.assert_allclose(sensitivity(0.3), [0.3, 0.6, 0.3], rtol=1e-6)
+
+
+def tokens_loss(key, params, image, label):
+    """Embedded tokens beside a picture, two labels: nothing here has the shape of an image batch."""
+    tokens, picture = image["tokens"], image["picture"]
+    x = params["table"][tokens].mean(axis=1) + picture @ params["w"]
+    return jnp.sum((x - label[0][:, None]) ** 2, axis=1) * label[1]
+
+
+@pytest.mark.parametrize("way", ["whole", "norms first"])
+def test_any_pytree_of_records_equals_a_loop(way):
+    rng = np.random.default_rng(4)
+    params = {"table": rng.normal(size=(9, 3)).astype(np.float32), "w": rng.normal(size=(2, 3)).astype(np.float32)}
+    image = {
+        "tokens": rng.integers(0, 9, (SIZE, 5)).astype(np.int32),
+        "picture": rng.normal(size=(SIZE, 2)).astype(np.float32),
+    }
+    label = (rng.normal(size=SIZE).astype(np.float32), rng.integers(1, 3, SIZE).astype(np.uint8))
+    expected = np.zeros(33)
+    for i in np.flatnonzero(MASK):
+        x = params["table"][image["tokens"][i]].astype(np.float64).mean(axis=0)
+        x = x + image["picture"][i].astype(np.float64) @ params["w"]
+        error = 2 * (x - label[0][i]) * float(label[1][i])
+        table = np.zeros((9, 3))
+        for token in image["tokens"][i]:
+            table[token] += error / 5
+        g = np.concatenate([table.ravel(), np.outer(image["picture"][i], error).ravel()])
+        expected += WEIGHT[i] * g * min(1, CLIP_NORM / np.linalg.norm(g))
+    for junk in (0, 10**6):
+        dirty = jax.tree.map(
+            lambda x, junk=junk: np.where(MASK.reshape(-1, *(1,) * (x.ndim - 1)), x, np.asarray(junk).astype(x.dtype)),
+            (image, label),
+        )
+        run = jax.jit(clipped_grad(tokens_loss, clip_norm=CLIP_NORM, **WAYS[way]))
+        total, _ = run(KEY, params, Batch(*dirty, MASK), WEIGHT)
+        np.testing.assert_allclose(vector(total), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_blank_padding_keeps_the_dtype_of_every_leaf():
+    image = (np.ones((2, 3), np.int8), np.ones((2, 1, 4), np.float16), np.ones(2, bool))
+    batch, _ = blank_padding(Batch(image, np.ones(2, np.int32), np.array([True, False])), np.ones(2))
+    assert [x.dtype for x in batch.image] == [x.dtype for x in image]
+    assert [np.asarray(x[1]).any() for x in batch.image] == [False] * 3
+    assert [np.asarray(x[0]).all() for x in batch.image] == [True] * 3
+
+
+def test_a_record_without_the_batch_axis_is_refused():
+    batch = make_batch()
+    with pytest.raises(AssertionError):
+        clipped_grad(LINEAR, clip_norm=1.0)(KEY, PARAMS, batch._replace(label=batch.label[:-1]))

@@ -1,0 +1,115 @@
+"""A clip norm that follows a quantile of the gradients' norms, found privately."""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from fedrobust import check
+from fedrobust.types import Key
+
+
+class AdaptiveClipNorm(NamedTuple):
+    """How a clip norm is learned.
+
+    Attributes:
+        init: `() -> clip_norm`, shape () float32.
+        update: `(key, clip_norm, norm[B], mask[B]) -> clip_norm`: one private look at the norms.
+    """
+
+    init: Callable[[], jax.Array]
+    update: Callable[[Key, jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+def adaptive_clip_norm(
+    *, initial: float, quantile: float, learning_rate: float, count_noise_stddev: float, expected_size: float
+) -> AdaptiveClipNorm:
+    """Moves C towards the norm that a given share of the gradients stay within.
+
+        C <- C * exp(-learning_rate * (share - quantile))
+        share = 1/2 + (sum_i ([norm_i <= C] - 1/2) + N(0, count_noise_stddev^2)) / expected_size
+
+    Args:
+        initial: the first C, > 0.
+        quantile: the share wanted within C, in [0, 1].
+        learning_rate: of the geometric step, > 0; the source takes 0.2.
+        count_noise_stddev: sigma_b > 0, standard deviation of the noise on the count, in records (or clients). Small
+            noise costs privacy, see `effective_noise_multiplier`; the source takes expected_size / 20.
+        expected_size: expected number of records in a batch (or clients in a cohort), a public constant > 0, never
+            the realised one.
+
+    Returns:
+        An `AdaptiveClipNorm`. `update` takes the norms under the C it is given, before the clip: `ClipInfo.norm`.
+
+    Raises:
+        ValueError: a setting out of range.
+
+    Guarantees:
+        Adding, removing or blanking one record moves the sum before the noise by exactly 1/2, replacing one by at most
+        1. Padding counts 0 whatever it holds; a norm that is not finite counts as above C. C stays in
+        [1e-10, 1e10]. Each update is one Gaussian mechanism of its own: a plan has to account for it.
+
+    Source: Andrew, Thakkar, McMahan, Ramaswamy 2021 (arXiv 1905.03871), Algorithm 1, geometric update.
+    """
+    check.positive("initial", initial)
+    check.fraction("quantile", quantile)
+    check.positive("learning_rate", learning_rate)
+    check.positive("count_noise_stddev", count_noise_stddev)
+    check.positive("expected_size", expected_size)
+
+    def init() -> jax.Array:
+        return jnp.float32(initial)
+
+    def update(key: Key, clip_norm: jax.Array, norm: jax.Array, mask: jax.Array) -> jax.Array:
+        noise = count_noise_stddev * jax.random.normal(key)
+        share = 0.5 + (centred_count(clip_norm, norm, mask) + noise) / expected_size
+        return jnp.clip(clip_norm * jnp.exp(-learning_rate * (share - quantile)), 1e-10, 1e10)
+
+    return AdaptiveClipNorm(init, update)
+
+
+def centred_count(clip_norm: jax.Array, norm: jax.Array, mask: jax.Array) -> jax.Array:
+    """Half the number of norms within C minus half the number of those above: not private before it is noised.
+
+    Args:
+        clip_norm: C, shape ().
+        norm: [B]; NaN and inf are above.
+        mask: [B] bool; False counts 0.
+
+    Returns:
+        A multiple of 1/2, shape (), that one record moves by 1/2 when it comes or goes.
+    """
+    chex.assert_rank([norm, mask], 1)
+    return jnp.sum(jnp.where(mask, jnp.where(norm <= clip_norm, 0.5, -0.5), 0))
+
+
+def effective_noise_multiplier(noise_multiplier: float, count_noise_stddev: float) -> float:
+    """The noise multiplier of the one Gaussian mechanism that a noised sum and its noised count are together.
+
+        z_eff = (z^-2 + (2 sigma_b)^-2)^(-1/2)
+
+    Both are released about the same sample; scaled to unit noise each, they are one vector of sensitivity
+    (z^-2 + (2 sigma_b)^-2)^(1/2). For "add_or_remove_one" and "zero_out", where one record moves the count by 1/2.
+    With "replace_one" it moves the count by 1: give sigma_b / 2 there.
+
+    Args:
+        noise_multiplier: z > 0, noise on the sum over its sensitivity.
+        count_noise_stddev: sigma_b > 0, noise on the count whose sensitivity is 1/2.
+
+    Returns:
+        z_eff, smaller than either.
+
+    Raises:
+        ValueError: a setting out of range.
+
+    >>> round(effective_noise_multiplier(3.0, 2.0), 6)
+    2.4
+
+    Source: Andrew et al. 2021 (arXiv 1905.03871), Theorem 1.
+    """
+    check.positive("noise_multiplier", noise_multiplier)
+    check.positive("count_noise_stddev", count_noise_stddev)
+    return 1 / math.hypot(1 / noise_multiplier, 1 / (2 * count_noise_stddev))
