@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 Params = Any
 """A pytree of float arrays."""
@@ -69,6 +70,22 @@ class Dataset(NamedTuple):
     image: Any
     label: Any
     num_classes: int
+
+
+class Sampler(NamedTuple):
+    """Draws who enters one step, on the host, with as many places as are ever needed.
+
+    Attributes:
+        draw: `(rng, num) -> places`, sorted, distinct, in [0, num), at most `capacity` of them.
+        capacity: the fixed, padded size of what is drawn.
+        tail: the probability that a draw had to be cut to fit; the plan that made the sampler has paid for it.
+        sizes: the populations `num` it may draw from.
+    """
+
+    draw: Callable[[np.random.Generator, int], np.ndarray]
+    capacity: int
+    tail: float
+    sizes: range
 
 
 LogitsFn = Callable[[jax.Array], jax.Array]

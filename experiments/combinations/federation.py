@@ -80,51 +80,56 @@ def build_model(study: Study, image_shape: tuple[int, int, int], num_classes: in
     )
 
 
-def make_recipe(study: Study, seed: int, site: Hospitals, *, dp: bool, at: bool) -> Recipe:
-    """Plans the privacy of a combination and releases what it needs to know of the labels."""
-    if not dp:
-        return Recipe(study, dp, at, None, (), 0.0)
-    shape = data.cohort_shape(cohort_settings(study, dp), [len(part) for part in site.parts])
-    plan = _plan(
+def make_plan(study: Study, site: Hospitals) -> privacy.Plan:
+    """The privacy of every silo; looks at nothing but their sizes, which are public.
+
+    Raises:
+        ValueError: a plan that cannot be made.
+    """
+    return _plan(
         unit="record",
+        relation="add_or_remove_one",
+        sampling="poisson",
         epsilon=study.dp.epsilon,
         delta=study.dp.delta,
         sampling_rate=study.dp.sampling_rate,
         num_steps=study.dp.num_rounds,
+        num_units=max(len(part) for part in site.parts),
         histogram_epsilon=study.dp.histogram_epsilon,
-        truncation_probability=study.dp.num_rounds * shape.batch_tail,
     )
+
+
+def make_recipe(study: Study, seed: int, site: Hospitals, *, plan: privacy.Plan | None, at: bool) -> Recipe:
+    """How a combination is trained; releases what it needs to know of the labels, which must have been charged."""
+    if plan is None:
+        return Recipe(study, False, at, None, (), 0.0)
     class_weight: tuple[float, ...] = ()
-    if study.dp.histogram_epsilon > 0:
+    if plan.histogram_epsilon > 0:
         label, num_classes = site.splits.train.label, site.splits.train.num_classes
         counts = np.stack([np.bincount(label[part], minlength=num_classes) for part in site.parts])
         weight = privacy.private_class_weight(
-            np.random.default_rng([seed, _LABEL_COUNTS]), counts, histogram_epsilon=study.dp.histogram_epsilon
+            np.random.default_rng([seed, _LABEL_COUNTS]), counts, histogram_epsilon=plan.histogram_epsilon
         )
         class_weight = tuple(weight.tolist())
-    return Recipe(study, dp, at, plan, class_weight, len(site.splits.train.label) / len(site.parts))
-
-
-def cohort_settings(study: Study, dp: bool) -> data.CohortSettings:
-    """All clients in every round; Poisson batches and equal weights under privacy, shuffled epochs without."""
-    if dp:
-        rate = study.dp.sampling_rate
-        return data.CohortSettings(
-            num_steps=1, client_sampling="all", batch_sampling="poisson", batch_rate=rate, weighting="equal"
-        )
-    return data.CohortSettings(
-        num_steps=study.train.num_steps,
-        client_sampling="all",
-        batch_sampling="shuffle",
-        batch_size=study.train.batch_size,
-        weighting="examples",
-    )
+    return Recipe(study, True, at, plan, class_weight, len(site.splits.train.label) / len(site.parts))
 
 
 def cohorts(recipe: Recipe, site: Hospitals, seed: int, malicious: tuple[int, ...]) -> Callable[[int], Cohort]:
-    """The clients and batches of every round."""
-    settings = cohort_settings(recipe.study, recipe.dp)
-    return data.make_cohorts(site.splits.train, site.parts, settings, seed=seed, malicious=malicious)
+    """All clients in every round; batches and equal weights as planned under privacy, shuffled epochs without."""
+    train, settings = site.splits.train, recipe.study.train
+    if recipe.plan is not None:
+        private = data.CohortSettings(num_steps=1, client_sampling="all", batch_sampling="sampler", weighting="equal")
+        return data.make_cohorts(
+            train, site.parts, private, seed=seed, batch_sampler=recipe.plan.sampler, malicious=malicious
+        )
+    shuffled = data.CohortSettings(
+        num_steps=settings.num_steps,
+        client_sampling="all",
+        batch_sampling="shuffle",
+        batch_size=settings.batch_size,
+        weighting="examples",
+    )
+    return data.make_cohorts(train, site.parts, shuffled, seed=seed, malicious=malicious)
 
 
 @threads.cached(maxsize=16)  # one compiled round per recipe and model, shared by all rows that differ in neither

@@ -15,13 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import parallel
-from experiments.combinations.federation import RULES, Apply, Hospitals, build_model, make_recipe
+from experiments.combinations.account import Account, charge_label_counts, note_look, open_account, spent
+from experiments.combinations.federation import RULES, Apply, Hospitals, build_model, make_plan, make_recipe
 from experiments.combinations.pruning import require_equal
 from experiments.combinations.settings import Attack as AttackSettings
 from experiments.combinations.settings import Study
 from experiments.combinations.training import BATCH_SIZE, Job, Progress, Trained, train
 from experiments.parallel import Check
-from fedrobust import attacks, compression, evaluation, keys, reporting, trace, trees
+from fedrobust import attacks, compression, evaluation, keys, privacy, reporting, trace, trees
 from fedrobust.types import Attack, Model, Params
 
 PACKAGES = ("fedrobust", "jax", "jaxlib", "flax", "dm-haiku", "optax", "dp-accounting", "numpy")
@@ -53,34 +54,37 @@ def make_row(
         combination: what takes part.
         seed: of everything random.
         site: the data.
-        out: checkpoints go below `work`, the model's file below `models`.
+        out: checkpoints go below `work`, the model's file below `models`, looks at private data into `ledger.jsonl`.
         progress: makes the progress callback of a phase from its name.
 
     Returns:
         A complete row. Killed at any point and called again, it goes on from the last checkpoint.
     """
-    recipe = make_recipe(study, seed, site, dp=combination.dp, at=combination.at)
+    name = f"{combination.name}-seed{seed}"
+    plan = make_plan(study, site) if combination.dp else None
+    phases = _phases(study)
+    accounts = {} if plan is None else _accounts(study, config, name, list(phases), plan, out)
+    recipe = make_recipe(study, seed, site, plan=plan, at=combination.at)
     train_split, test = site.splits.train, site.splits.test
     model = build_model(study, train_split.image.shape[1:], train_split.num_classes)
-    name = f"{combination.name}-seed{seed}"
     work, path = out / "work" / name, out / "models" / f"{name}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
 
-    def job(phase: str, num_rounds: int, malicious: tuple[int, ...], rule: str) -> Callable[[Check], Trained]:
+    def job(phase: str) -> Callable[[Check], Trained]:
+        share, malicious, rule = phases[phase]
         folder = work / phase.replace(" ", "_").replace(",", "")
-        what = Job(recipe, site, seed, num_rounds, combination.mc, malicious, rule, folder)
+        num_rounds = math.ceil(share * recipe.num_rounds)
+        what = Job(recipe, site, seed, num_rounds, combination.mc, malicious, rule, folder, accounts.get(phase))
         return lambda check: train(what, model, _checked(check, progress(phase)))
 
-    jobs = [job("training", recipe.num_rounds, (), "mean")]
-    if study.malicious:
-        num_rounds = math.ceil(study.poison.rounds_share * recipe.num_rounds)
-        for rule, title in zip(RULES, ("mean", study.poison.rule.replace("_", " ")), strict=True):
-            jobs.append(job(f"poisoned, {title}", num_rounds, study.malicious, rule))
+    jobs = [job(phase) for phase in phases]
     at_once = study.parallel and jax.device_count() == 1
     trained, *poisoned = parallel.run(jobs, num_threads=len(jobs) if at_once else 1)
     evaluated = progress("evaluation")
     evaluated(0, 1, {})
-    guarantee = None if recipe.plan is None else dataclasses.asdict(recipe.plan)
+    guarantee = None
+    if plan is not None:  # what was spent, in the ledger's words; the plan only foresaw it
+        guarantee = dataclasses.asdict(plan) | {"epsilon": spent(accounts["training"])}
     final = finish(model, trained, path, guarantee, test.image[:BATCH_SIZE])
     clean = evaluation.metrics(evaluation.predict(final.apply, final.params, test.image, BATCH_SIZE), test.label)
     key = keys.stream(keys.root(seed), "evaluate")
@@ -105,6 +109,27 @@ def make_row(
     }
     evaluated(1, 1, {})
     return row
+
+
+def _phases(study: Study) -> dict[str, tuple[float, tuple[int, ...], str]]:
+    """The trainings of a row by name: share of the rounds, ids of dishonest clients, which aggregator."""
+    phases: dict[str, tuple[float, tuple[int, ...], str]] = {"training": (1.0, (), "mean")}
+    if study.malicious:
+        for rule, title in zip(RULES, ("mean", study.poison.rule.replace("_", " ")), strict=True):
+            phases[f"poisoned, {title}"] = study.poison.rounds_share, study.malicious, rule
+    return phases
+
+
+def _accounts(
+    study: Study, config: dict[str, Any], row: str, phases: Sequence[str], plan: privacy.Plan, out: Path
+) -> dict[str, Account]:
+    """An account for each training of a private row, with what precedes the training charged to it."""
+    config_hash = reporting.config_hash(config)
+    accounts = {phase: open_account(study, config_hash, f"{row}, {phase}", plan, out) for phase in phases}
+    for account in accounts.values():
+        note_look(account, "tuning")  # presets were chosen on a validation split
+        charge_label_counts(account)
+    return accounts
 
 
 def finish(model: Model, trained: Trained, path: Path, guarantee: dict[str, Any] | None, image: np.ndarray) -> Final:

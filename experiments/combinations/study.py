@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from experiments.combinations.federation import hospitals, make_recipe
+from experiments.combinations.federation import hospitals, make_plan
 from experiments.combinations.row import make_row
 from experiments.combinations.settings import Study
 from experiments.display import Display
@@ -27,7 +27,7 @@ def run(study: Study, console: Console) -> Path:
         console: where progress and the table are shown.
 
     Returns:
-        The folder that holds `rows.jsonl`, `table.md`, `table.tex` and the figures.
+        The folder that holds `rows.jsonl`, `ledger.jsonl` of its private rows, `table.md`, `table.tex` and the figures.
 
     Raises:
         ValueError: bad settings or data, or a folder that holds rows of another configuration. Nothing is written.
@@ -38,7 +38,8 @@ def run(study: Study, console: Console) -> Path:
     sites = {seed: hospitals(study, seed) for seed in study.seeds}
     wanted = [(seed, reporting.Combination.parse(name)) for seed in study.seeds for name in study.combinations]
     for seed, combination in wanted:  # a plan that cannot be made is an error before anything is written
-        make_recipe(study, seed, sites[seed], dp=combination.dp, at=combination.at)
+        if combination.dp:
+            make_plan(study, sites[seed])
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "config.json", json.dumps(config, indent=2) + "\n")
     done = {(_name(row), row["seed"]) for row in reporting.read(out / "rows.jsonl")}
@@ -62,7 +63,7 @@ def report(out: Path, console: Console) -> None:
     reporting.accuracy_against_radius(rows, out / "accuracy_against_radius.png")
     reporting.trade_off(rows, out / "trade_off.png")
     reporting.training_curves(rows, out / "training_curves.png")
-    console.print(f"\nrows.jsonl, table.md, table.tex, figures and models: {out}")
+    console.print(f"\nrows.jsonl, ledger.jsonl, table.md, table.tex, figures and models: {out}")
 
 
 def _config(study: Study) -> dict[str, Any]:

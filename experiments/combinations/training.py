@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.combinations import pruning
+from experiments.combinations.account import Account, charged, note_look
 from experiments.combinations.federation import (
     RULES,
     Apply,
@@ -73,6 +74,7 @@ class Job(NamedTuple):
         malicious: ids of dishonest clients.
         rule: "mean" or "rule", which aggregator is in force.
         folder: where its checkpoints go.
+        account: what its looks at private data are charged to; None without privacy.
     """
 
     recipe: Recipe
@@ -83,6 +85,7 @@ class Job(NamedTuple):
     malicious: tuple[int, ...]
     rule: str
     folder: Path
+    account: Account | None
 
 
 def train(job: Job, model: Model, progress: Progress) -> Trained:
@@ -130,6 +133,7 @@ def _trained(
     history = done.history[~np.isnan(done.history[:, 0])]
     params = done.state.average
     if job.recipe.study.calibrate and job.site.splits.val.num_classes == 2:
+        note_look(job.account, "calibration data")
         params = calibrated(job, apply, params)
     return Trained(apply, params, channels, masks, difference, history, float(done.seconds))
 
@@ -183,7 +187,7 @@ def _run_stage(
     saved = start if found is None else found[1]
     total = job.num_rounds
     every = max(1, -(-total // HISTORY_POINTS))
-    draw = cohorts(job.recipe, job.site, job.seed, job.malicious)
+    draw = charged(job.account, total, cohorts(job.recipe, job.site, job.seed, job.malicious))
     began, last_saved = time.perf_counter(), time.perf_counter()
     state, history = saved.state, saved.history.copy()
     for done, state, info in federated.rounds(algorithm, saved.state, draw, key, num_rounds, between=prune):

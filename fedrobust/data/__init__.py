@@ -1,7 +1,7 @@
 """Labelled images on the host: loading, partitions over clients, the cohort of each round, augmentation."""
 
 from fedrobust.data.augmentation import Augment, compose, random_flip, random_shift
-from fedrobust.data.cohort import CohortSettings, CohortShape, cohort_shape, make_cohorts
+from fedrobust.data.cohort import CohortSettings, make_cohorts
 from fedrobust.data.errors import DataError
 from fedrobust.data.loading import Splits, load
 from fedrobust.data.partition import PARTITIONS, dirichlet, iid, quantity_skew, shards
@@ -10,10 +10,8 @@ __all__ = [
     "PARTITIONS",
     "Augment",
     "CohortSettings",
-    "CohortShape",
     "DataError",
     "Splits",
-    "cohort_shape",
     "compose",
     "dirichlet",
     "iid",

@@ -1,5 +1,7 @@
-"""Differential privacy: clipping, noise, plans. What leaves this room knows its sensitivity or its cost."""
+"""Differential privacy: clipping, noise, plans, the ledger. What leaves this room knows its sensitivity or its cost."""
 
+from fedrobust.privacy import ledger
+from fedrobust.privacy.accounting import ACCOUNTANTS, SAMPLINGS, Event, total_epsilon
 from fedrobust.privacy.adaptive import AdaptiveClipNorm, adaptive_clip_norm, effective_noise_multiplier
 from fedrobust.privacy.clipping import (
     METHODS,
@@ -14,15 +16,26 @@ from fedrobust.privacy.clipping import (
 from fedrobust.privacy.histogram import private_class_weight
 from fedrobust.privacy.isolation import coupling, require_isolated
 from fedrobust.privacy.noise import add_gaussian, private_grad, private_mean
-from fedrobust.privacy.plan import UNITS, Plan, epsilon_spent, make_plan
+from fedrobust.privacy.plan import (
+    UNITS,
+    Plan,
+    distributed_multiplier,
+    epsilon_spent,
+    federation_epsilon,
+    joint_multiplier,
+    make_plan,
+)
 
 __all__ = [
+    "ACCOUNTANTS",
     "METHODS",
     "RELATIONS",
+    "SAMPLINGS",
     "UNITS",
     "AdaptiveClipNorm",
     "ClipInfo",
     "ClippedGrad",
+    "Event",
     "Plan",
     "adaptive_clip_norm",
     "add_gaussian",
@@ -32,10 +45,15 @@ __all__ = [
     "clipped_grad",
     "coupling",
     "effective_noise_multiplier",
+    "distributed_multiplier",
     "epsilon_spent",
+    "federation_epsilon",
+    "joint_multiplier",
+    "ledger",
     "make_plan",
     "private_class_weight",
     "private_grad",
     "private_mean",
     "require_isolated",
+    "total_epsilon",
 ]

@@ -2,15 +2,11 @@
 
 import hashlib
 import json
-import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from fedrobust import check
+from fedrobust import check, jsonl
 
 
 class Combination(NamedTuple):
@@ -93,7 +89,7 @@ def config_hash(config: Mapping[str, Any]) -> str:
     >>> config_hash({"a": 1, "b": (2, 3)}) == config_hash({"b": [2, 3], "a": 1})
     True
     """
-    text = json.dumps(_plain(config), sort_keys=True, separators=(",", ":"))
+    text = json.dumps(jsonl.plain(config), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -132,15 +128,7 @@ def append(path: Path | str, row: Mapping[str, Any]) -> None:
         ValueError: a field is missing; nothing is written.
     """
     validate(row)
-    line = json.dumps(_plain(row), allow_nan=False) + "\n"
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+b") as file:
-        file.seek(0)
-        file.truncate(file.read().rfind(b"\n") + 1)
-        file.write(line.encode())
-        file.flush()
-        os.fsync(file.fileno())
+    jsonl.append(path, [row])
 
 
 def read(path: Path | str) -> list[Row]:
@@ -149,29 +137,4 @@ def read(path: Path | str) -> list[Row]:
     Raises:
         ValueError: a complete line that is not JSON, by its number.
     """
-    path = Path(path)
-    if not path.exists():
-        return []
-    rows = []
-    complete, _, _ = path.read_bytes().rpartition(b"\n")  # what follows the last line end was torn by a kill
-    for number, line in enumerate(complete.splitlines(), start=1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            raise ValueError(f"line {number} of {path} is not JSON: {error}") from None
-    return rows
-
-
-def _plain(value: Any) -> Any:
-    """The same value in what JSON knows."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, np.ndarray | np.generic):
-        return _plain(value.tolist())
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, Path):
-        return str(value)
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+    return jsonl.read(path)

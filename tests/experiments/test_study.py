@@ -22,7 +22,7 @@ COMMAND = (
 )
 FIGURES = ("accuracy_against_radius.png", "trade_off.png", "training_curves.png")
 MODELS = ("models/plain-seed0.safetensors", "models/dp+at+mc-seed0.safetensors")
-FILES = ("config.json", "rows.jsonl", "table.md", "table.tex", *FIGURES, *MODELS)
+FILES = ("config.json", "rows.jsonl", "ledger.jsonl", "table.md", "table.tex", *FIGURES, *MODELS)
 
 
 class Killed(BaseException):

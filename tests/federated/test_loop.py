@@ -14,6 +14,7 @@ from fedrobust import data, losses
 from fedrobust.defenses import mean
 from fedrobust.federated import fedavg, latest, local_update, map_clients, mean_grad, rounds, save
 from fedrobust.privacy import Plan, clipped_grad, private_grad
+from fedrobust.privacy.sampling import poisson
 from fedrobust.types import Dataset, Federated
 
 KEY = jax.random.key(0)
@@ -47,10 +48,9 @@ def cohorts():
     """Six clients, each there in half the rounds, with Poisson batches: sizes differ from round to round."""
     rng = np.random.default_rng(0)
     dataset = Dataset(rng.uniform(size=(60, 2, 2, 1)).astype(np.float32), rng.integers(0, 2, 60).astype(np.int32), 2)
-    settings = data.CohortSettings(
-        num_steps=2, client_sampling="poisson", client_rate=0.5, batch_sampling="poisson", batch_rate=0.2
-    )
-    return data.make_cohorts(dataset, np.array_split(np.arange(60), 6), settings, seed=1)
+    settings = data.CohortSettings(num_steps=2, client_sampling="sampler", batch_sampling="sampler")
+    samplers = {"client_sampler": poisson(0.5, 6, multiple=1), "batch_sampler": poisson(0.2, 10, multiple=8)}
+    return data.make_cohorts(dataset, np.array_split(np.arange(60), 6), settings, seed=1, **samplers)
 
 
 def bits(tree):
