@@ -80,7 +80,7 @@ def make_row(
     trained, *poisoned = parallel.run(jobs, num_threads=len(jobs) if at_once else 1)
     evaluated = progress("evaluation")
     evaluated(0, 1, {})
-    guarantee = None if recipe.plan is None else dataclasses.asdict(recipe.plan)
+    guarantee = None if recipe.plan is None else dataclasses.asdict(recipe.plan) | {"noise": study.dp.noise}
     final = finish(model, trained, path, guarantee, test.image[:BATCH_SIZE])
     clean = evaluation.metrics(evaluation.predict(final.apply, final.params, test.image, BATCH_SIZE), test.label)
     key = keys.stream(keys.root(seed), "evaluate")
@@ -100,11 +100,18 @@ def make_row(
         "privacy": guarantee,
         "history": dict(zip(("round", "loss", "val_accuracy"), trained.history.T.tolist(), strict=True)),
         "train_seconds": trained.train_seconds,
-        "versions": {package: version(package) for package in PACKAGES} | {"python": platform.python_version()},
-        "device": f"{jax.devices()[0].device_kind} ({platform.machine()}, {os.cpu_count()} cores)",
+        **provenance(),
     }
     evaluated(1, 1, {})
     return row
+
+
+def provenance() -> dict[str, Any]:
+    """What a row was made with: `versions` and `device`."""
+    return {
+        "versions": {package: version(package) for package in PACKAGES} | {"python": platform.python_version()},
+        "device": f"{jax.devices()[0].device_kind} ({platform.machine()}, {os.cpu_count()} cores)",
+    }
 
 
 def finish(model: Model, trained: Trained, path: Path, guarantee: dict[str, Any] | None, image: np.ndarray) -> Final:

@@ -34,7 +34,7 @@ def run(study: Study, console: Console) -> Path:
     """
     out = Path(study.out or f"results/{study.experiment}-{Path(study.dataset).stem}-{study.scale}")
     config = _config(study)
-    _require_same(out, config)
+    require_same(out, config)
     sites = {seed: hospitals(study, seed) for seed in study.seeds}
     wanted = [(seed, reporting.Combination.parse(name)) for seed in study.seeds for name in study.combinations]
     for seed, combination in wanted:  # a plan that cannot be made is an error before anything is written
@@ -70,7 +70,7 @@ def _config(study: Study) -> dict[str, Any]:
     return json.loads(json.dumps(settings))
 
 
-def _require_same(out: Path, config: dict[str, Any]) -> None:
+def require_same(out: Path, config: dict[str, Any]) -> None:
     """Refuses a folder whose rows came from other settings."""
     path = out / "config.json"
     if not path.exists():
