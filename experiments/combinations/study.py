@@ -33,7 +33,7 @@ def run(study: Study, console: Console) -> Path:
         ValueError: bad settings or data, or a folder that holds rows of another configuration. Nothing is written.
     """
     out = Path(study.out or f"results/{study.experiment}-{Path(study.dataset).stem}-{study.scale}")
-    config = _config(study)
+    config = config_of(study)
     require_same(out, config)
     sites = {seed: hospitals(study, seed) for seed in study.seeds}
     wanted = [(seed, reporting.Combination.parse(name)) for seed in study.seeds for name in study.combinations]
@@ -65,7 +65,8 @@ def report(out: Path, console: Console) -> None:
     console.print(f"\nrows.jsonl, table.md, table.tex, figures and models: {out}")
 
 
-def _config(study: Study) -> dict[str, Any]:
+def config_of(study: Study) -> dict[str, Any]:
+    """The settings that make a row what it is, in plain JSON values."""
     settings = {k: v for k, v in dataclasses.asdict(study).items() if k not in _NOT_OF_A_ROW}
     return json.loads(json.dumps(settings))
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +12,9 @@ import jax
 from rich.console import Console
 
 from experiments import parallel
-from experiments.combinations.federation import Hospitals, build_model, hospitals, make_recipe
+from experiments.combinations.federation import Hospitals, Recipe, build_model, hospitals, make_recipe
 from experiments.combinations.row import provenance
-from experiments.combinations.study import require_same
+from experiments.combinations.study import config_of, require_same
 from experiments.combinations.training import BATCH_SIZE, Job, Progress, train
 from experiments.display import Display
 from experiments.epsilon_curve.settings import Curve, Noise
@@ -57,8 +58,8 @@ def run(curve: Curve, console: Console) -> Path:
     require_same(out, config)
     points = [Point(noise, epsilon, seed) for seed in curve.seeds for noise, epsilon in curve.points]
     sites = {seed: hospitals(curve.study(*curve.points[0]), seed) for seed in curve.seeds}
-    for point in points:  # a plan that cannot be made is an error before anything is written
-        make_recipe(curve.study(*point[:2]), point.seed, sites[point.seed], dp=point.noise is not None, at=False)
+    # a plan that cannot be made is an error before anything is written
+    recipes = {point: recipe_of(curve, point, sites[point.seed]) for point in points}
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "config.json", json.dumps(config, indent=2) + "\n")
     done = {_point(row) for row in reporting.read(out / "rows.jsonl")}
@@ -67,7 +68,7 @@ def run(curve: Curve, console: Console) -> Path:
     with Display(console, len(points), len(points) - len(todo)) as display:
         for start in range(0, len(todo), at_once):
             batch = todo[start : start + at_once]
-            tasks = [_task(curve, config, point, sites[point.seed], out, display) for point in batch]
+            tasks = [_task(recipes[point], point, sites[point.seed], out, display) for point in batch]
             for point, row in zip(batch, parallel.run(tasks, num_threads=at_once), strict=True):
                 reporting.append(out / "rows.jsonl", row, fields=reporting.POINT_FIELDS)
                 shutil.rmtree(out / "work" / point.name)  # only now that the row is safe
@@ -88,15 +89,37 @@ def report(out: Path, console: Console) -> None:
     console.print(f"\nrows.jsonl, table.md, table.tex and auc_against_epsilon.png: {out}")
 
 
-def make_row(
-    curve: Curve, config: dict[str, Any], point: Point, site: Hospitals, folder: Path, progress: Progress
-) -> dict[str, Any]:
+def recipe_of(curve: Curve, point: Point, site: Hospitals) -> Recipe:
+    """How a point is trained.
+
+    A step moves the model by the learning rate times gradient and noise. The curve's learning rate was chosen for one
+    epsilon; a point with s > 1 times the noise divides it by s, so that no step adds more noise than there.
+    """
+
+    def recipe(noise: Noise | None, epsilon: float) -> Recipe:
+        return make_recipe(curve.study(noise, epsilon), point.seed, site, dp=noise is not None, at=False)
+
+    wanted = recipe(point.noise, point.epsilon)
+    if wanted.plan is None:
+        return wanted
+    ratio = _noise(recipe("silo", curve.dp.epsilon)) / _noise(wanted)
+    dp = dataclasses.replace(wanted.study.dp, learning_rate=curve.dp.learning_rate * min(1.0, ratio))
+    return dataclasses.replace(wanted, study=dataclasses.replace(wanted.study, dp=dp))
+
+
+def _noise(recipe: Recipe) -> float:
+    """Standard deviation of the noise of all silos together, over the sensitivity and a factor common to the curve."""
+    assert recipe.plan is not None
+    shares = recipe.study.clients if recipe.study.dp.noise == "secure_sum" else 1
+    return recipe.plan.noise_multiplier / math.sqrt(shares)
+
+
+def make_row(recipe: Recipe, point: Point, site: Hospitals, folder: Path, progress: Progress) -> dict[str, Any]:
     """Trains and measures one point.
 
     Args:
-        curve: the settings.
-        config: what goes into the row and its hash.
-        point: what to train.
+        recipe: how to train it.
+        point: what it is.
         site: the data of its seed.
         folder: where its checkpoints go.
         progress: told of every round.
@@ -105,9 +128,8 @@ def make_row(
         A complete row, see `reporting.POINT_FIELDS`. Killed at any time and called again, it goes on from the last
         checkpoint.
     """
-    study = curve.study(point.noise, point.epsilon)
-    recipe = make_recipe(study, point.seed, site, dp=point.noise is not None, at=False)
-    splits = site.splits
+    study, splits = recipe.study, site.splits
+    config = config_of(study)
     model = build_model(study, splits.train.image.shape[1:], splits.train.num_classes)
     trained = train(Job(recipe, site, point.seed, recipe.num_rounds, False, (), "mean", folder), model, progress)
     figures = {}
@@ -131,7 +153,7 @@ def make_row(
 
 
 def _task(
-    curve: Curve, config: dict[str, Any], point: Point, site: Hospitals, out: Path, display: Display
+    recipe: Recipe, point: Point, site: Hospitals, out: Path, display: Display
 ) -> Callable[[Check], dict[str, Any]]:
     shown = display.row(point.name)("training")
 
@@ -140,7 +162,7 @@ def _task(
             check()
             shown(done, total, figures)
 
-        return make_row(curve, config, point, site, out / "work" / point.name, progress)
+        return make_row(recipe, point, site, out / "work" / point.name, progress)
 
     return task
 

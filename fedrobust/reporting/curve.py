@@ -107,7 +107,8 @@ def auc_against_epsilon(rows: Sequence[Point], path: Path | str) -> Path:
     panel.minorticks_off()
     panel.set_xlabel("ε of one record (more private to the left)")
     panel.set_ylabel("test AUC (%)")
-    panel.legend(loc="lower right", frameon=False)
+    if budgets:
+        panel.legend(loc="lower right", frameon=False)
     return save_figure(figure, path)
 
 
