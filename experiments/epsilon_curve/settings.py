@@ -43,8 +43,8 @@ class Curve:
     train: Training = field(default_factory=Training)
     """Rounds without privacy."""
     dp: DP = field(default_factory=DP)
-    """Differential privacy. The learning rate is for --dp.epsilon and noises silo; a point with s > 1 times as much noise
-    takes 1/s of it."""
+    """Differential privacy. The learning rate is for --dp.epsilon and noise in each silo; a point with s > 1 times the
+    noise takes 1/s of it."""
 
     def __post_init__(self) -> None:
         """Checks every setting.
