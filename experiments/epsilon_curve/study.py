@@ -64,7 +64,7 @@ def run(curve: Curve, console: Console) -> Path:
     write_text(out / "config.json", json.dumps(config, indent=2) + "\n")
     done = {_point(row) for row in reporting.read(out / "rows.jsonl")}
     todo = [point for point in points if point not in done]
-    at_once = 2 if curve.parallel and jax.device_count() == 1 else 1
+    at_once = _num_at_once(curve)
     with Display(console, len(points), len(points) - len(todo)) as display:
         for start in range(0, len(todo), at_once):
             batch = todo[start : start + at_once]
@@ -165,6 +165,11 @@ def _task(
         return make_row(recipe, point, site, out / "work" / point.name, progress)
 
     return task
+
+
+def _num_at_once(curve: Curve) -> int:
+    """Points trained at the same time: one thread each, where clients are not spread over devices already."""
+    return 2 if curve.parallel and jax.device_count() == 1 else 1
 
 
 def _point(row: dict[str, Any]) -> Point:
