@@ -2,23 +2,40 @@
 
 python -m experiments.run quickstart
 python -m experiments.run combinations --dataset pneumonia_mnist --scale cpu --seeds 0 1 2
+python -m experiments.run epsilon_curve --dataset pneumonia_mnist
 python -m experiments.run combinations --help
 """
 
 import contextlib
+import functools
 import io
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import tyro
 from rich.console import Console
 
-from experiments.combinations.presets import preset
-from experiments.combinations.settings import Scale, Study
-from experiments.combinations.study import run
+import experiments.combinations.presets as combination_presets
+import experiments.combinations.study as combination_study
+import experiments.epsilon_curve.presets as curve_presets
+import experiments.epsilon_curve.study as curve_study
+from experiments.combinations.settings import Scale
 
-NAMES = ("quickstart", "combinations")
+
+class Command(NamedTuple):
+    """A study. Attributes: preset: `(dataset, scale) -> settings`; run: `(settings, console)`."""
+
+    preset: Callable[[str, Scale], Any]
+    run: Callable[[Any, Console], Any]
+
+
+COMMANDS = {
+    "quickstart": Command(functools.partial(combination_presets.preset, "quickstart"), combination_study.run),
+    "combinations": Command(functools.partial(combination_presets.preset, "combinations"), combination_study.run),
+    "epsilon_curve": Command(curve_presets.preset, curve_study.run),
+}
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -31,16 +48,16 @@ def main(arguments: Sequence[str]) -> int:
         The exit status: 0, or 2 after a one-line error on standard error.
     """
     try:
-        study = parse(arguments)
-        run(study, Console())
+        settings = parse(arguments)
+        COMMANDS[arguments[0]].run(settings, Console())
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
 
 
-def parse(arguments: Sequence[str]) -> Study:
-    """The study that a command line asks for.
+def parse(arguments: Sequence[str]) -> Any:
+    """The settings that a command line asks for, of the type that its study has.
 
     Raises:
         ValueError: unknown study or setting, or a value that is not allowed.
@@ -50,15 +67,19 @@ def parse(arguments: Sequence[str]) -> Study:
     if name in ("-h", "--help"):
         print(__doc__)
         raise SystemExit(0)
-    if name not in NAMES:
-        raise ValueError(f"study is {name!r}: must be one of {', '.join(NAMES)}")
-    default = preset(name, _peek(rest, "--dataset", "digits"), _scale(_peek(rest, "--scale", "cpu")))
+    if name not in COMMANDS:
+        raise ValueError(f"study is {name!r}: must be one of {', '.join(COMMANDS)}")
+    default = COMMANDS[name].preset(_peek(rest, "--dataset", "digits"), _scale(_peek(rest, "--scale", "cpu")))
     wants_help = "-h" in rest or "--help" in rest
     captured = io.StringIO()
     try:
         with contextlib.nullcontext() if wants_help else contextlib.redirect_stderr(captured):
-            study, unknown = tyro.cli(
-                Study, default=default, args=rest, prog=f"python -m experiments.run {name}", return_unknown_args=True
+            settings, unknown = tyro.cli(
+                type(default),
+                default=default,
+                args=rest,
+                prog=f"python -m experiments.run {name}",
+                return_unknown_args=True,
             )
     except SystemExit as stop:
         if wants_help:
@@ -66,7 +87,7 @@ def parse(arguments: Sequence[str]) -> Study:
         raise ValueError(_one_line(captured.getvalue())) from stop
     if unknown:
         raise ValueError(f"{unknown[0]}: no such setting; `python -m experiments.run {name} --help` lists all")
-    return study
+    return settings
 
 
 def _peek(arguments: Sequence[str], flag: str, default: str) -> str:

@@ -173,7 +173,13 @@ def private_gradient(recipe: Recipe, loss: Loss) -> GradFn:
     assert plan is not None
     clipped = privacy.clipped_grad(loss, clip_norm=settings.clip_norm, microbatch_size=settings.microbatch_size)
     class_weight = jnp.asarray(recipe.class_weight) if recipe.class_weight else None
-    return privacy.private_grad(clipped, plan, num_records=recipe.num_records, class_weight=class_weight)
+    return privacy.private_grad(
+        clipped,
+        plan,
+        num_records=recipe.num_records,
+        class_weight=class_weight,
+        num_shares=recipe.study.clients if settings.noise == "secure_sum" else 1,
+    )
 
 
 def example_loss(recipe: Recipe, apply: Apply, round: jax.Array) -> Loss:

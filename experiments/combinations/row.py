@@ -84,7 +84,7 @@ def make_row(
     evaluated(0, 1, {})
     guarantee = None
     if plan is not None:  # what was spent, in the ledger's words; the plan only foresaw it
-        guarantee = dataclasses.asdict(plan) | {"epsilon": spent(accounts["training"])}
+        guarantee = dataclasses.asdict(plan) | {"epsilon": spent(accounts["training"]), "noise": study.dp.noise}
     final = finish(model, trained, path, guarantee, test.image[:BATCH_SIZE])
     clean = evaluation.metrics(evaluation.predict(final.apply, final.params, test.image, BATCH_SIZE), test.label)
     key = keys.stream(keys.root(seed), "evaluate")
@@ -104,8 +104,7 @@ def make_row(
         "privacy": guarantee,
         "history": dict(zip(("round", "loss", "val_accuracy"), trained.history.T.tolist(), strict=True)),
         "train_seconds": trained.train_seconds,
-        "versions": {package: version(package) for package in PACKAGES} | {"python": platform.python_version()},
-        "device": f"{jax.devices()[0].device_kind} ({platform.machine()}, {os.cpu_count()} cores)",
+        **provenance(),
     }
     evaluated(1, 1, {})
     return row
@@ -130,6 +129,14 @@ def _accounts(
         note_look(account, "tuning")  # presets were chosen on a validation split
         charge_label_counts(account)
     return accounts
+
+
+def provenance() -> dict[str, Any]:
+    """What a row was made with: `versions` and `device`."""
+    return {
+        "versions": {package: version(package) for package in PACKAGES} | {"python": platform.python_version()},
+        "device": f"{jax.devices()[0].device_kind} ({platform.machine()}, {os.cpu_count()} cores)",
+    }
 
 
 def finish(model: Model, trained: Trained, path: Path, guarantee: dict[str, Any] | None, image: np.ndarray) -> Final:

@@ -37,6 +37,9 @@ class DP:
 
     epsilon: float = 8.0
     """Budget, label counts included."""
+    noise: Literal["silo", "secure_sum"] = "silo"
+    """Who is protected against: silo: each adds all its noise, against everyone else; secure_sum: each adds its share,
+    against a server that only ever sees the sum over all silos, none of which colludes or drops out."""
     delta: float = 1e-4
     """Probability that the bound does not hold; below 1 / records of a silo."""
     num_rounds: int = 150
@@ -231,6 +234,12 @@ class Study:
             "--poison.malicious-share",
             self.poison.malicious_share,
             "in [0, 0.5)",
+        )
+        check.require(
+            self.dp.noise == "silo" or not self.malicious,
+            "--dp.noise",
+            self.dp.noise,
+            "silo, unless --poison.malicious-share is 0: a robust rule reads every update, a secure sum shows none",
         )
         check.require(
             self.mc.end < self.poison.rounds_share <= 1,

@@ -33,8 +33,8 @@ def run(study: Study, console: Console) -> Path:
         ValueError: bad settings or data, or a folder that holds rows of another configuration. Nothing is written.
     """
     out = Path(study.out or f"results/{study.experiment}-{Path(study.dataset).stem}-{study.scale}")
-    config = _config(study)
-    _require_same(out, config)
+    config = config_of(study)
+    require_same(out, config)
     sites = {seed: hospitals(study, seed) for seed in study.seeds}
     wanted = [(seed, reporting.Combination.parse(name)) for seed in study.seeds for name in study.combinations]
     for seed, combination in wanted:  # a plan that cannot be made is an error before anything is written
@@ -66,12 +66,13 @@ def report(out: Path, console: Console) -> None:
     console.print(f"\nrows.jsonl, ledger.jsonl, table.md, table.tex, figures and models: {out}")
 
 
-def _config(study: Study) -> dict[str, Any]:
+def config_of(study: Study) -> dict[str, Any]:
+    """The settings that make a row what it is, in plain JSON values."""
     settings = {k: v for k, v in dataclasses.asdict(study).items() if k not in _NOT_OF_A_ROW}
     return json.loads(json.dumps(settings))
 
 
-def _require_same(out: Path, config: dict[str, Any]) -> None:
+def require_same(out: Path, config: dict[str, Any]) -> None:
     """Refuses a folder whose rows came from other settings."""
     path = out / "config.json"
     if not path.exists():

@@ -1,6 +1,7 @@
 """Gaussian noise on pytrees, and the mechanisms made from it."""
 
 import itertools
+import math
 from typing import Any
 
 import jax
@@ -32,11 +33,17 @@ def add_gaussian(key: Key, tree: Params, stddev: float | jax.Array) -> Params:
 
 
 def private_grad(
-    clipped: ClippedGrad, plan: Plan, *, num_records: float, class_weight: jax.Array | None = None
+    clipped: ClippedGrad,
+    plan: Plan,
+    *,
+    num_records: float,
+    class_weight: jax.Array | None = None,
+    num_shares: int = 1,
 ) -> GradFn:
     """The Gaussian mechanism on a clipped gradient sum: one step of DP-SGD, as the plan accounts for it.
 
-        (sum_i w_i clip(g_i) + N(0, (plan.noise_multiplier * sensitivity)^2)) / (plan.sampling_rate * num_records)
+        (sum_i w_i clip(g_i) + N(0, stddev^2)) / (plan.sampling_rate * num_records)
+        stddev = plan.noise_multiplier * sensitivity / sqrt(num_shares)
 
     Args:
         clipped: knows its sensitivity for the plan's relation.
@@ -44,6 +51,12 @@ def private_grad(
         num_records: nominal size of a silo, a public constant > 0, never the realised size of a batch.
         class_weight: [L] in [0, 1], multiplies each example's clipped gradient by its label's weight. Must be
             public or itself released privately, and accounted.
+        num_shares: K >= 1. 1: the gradient carries the plan's whole noise and may be seen by anyone. K > 1: it carries
+            1/K of the variance and may be seen by NO ONE. A secure sum must add it up with those of K - 1 other silos,
+            which hold other records and draw from other keys; only that sum has the plan's noise, and the plan's
+            epsilon, a silo's own, holds for it alone. The server is honest but curious, and no silo drops out: with d
+            shares missing the sum has (K - d) / K of the variance. Who knows c of the shares (silos that collude, or
+            one silo that takes off its own) faces (K - c) / K of it: less noise than the plan accounts for.
 
     Returns:
         A `GradFn` `(key, params, batch) -> (gradient, ClipInfo)`. An empty batch gives pure noise.
@@ -51,12 +64,14 @@ def private_grad(
     Raises:
         ValueError: a setting out of range, an unknown relation, or a plan of another unit.
 
-    Source: Abadi et al. 2016 (arXiv 1607.00133), Algorithm 1.
+    Source: Abadi et al. 2016 (arXiv 1607.00133), Algorithm 1; shares of the noise: Dwork, Kenthapadi, McSherry,
+        Mironov, Naor 2006, "Our data, ourselves: privacy via distributed noise generation" (EUROCRYPT).
     """
     check.one_of("plan.unit", plan.unit, ("record",))
     check.positive("plan.noise_multiplier", plan.noise_multiplier)
     check.positive("num_records", num_records)
-    stddev = plan.noise_multiplier * clipped.sensitivity(plan.relation)
+    check.at_least("num_shares", num_shares, 1)
+    stddev = plan.noise_multiplier * clipped.sensitivity(plan.relation) / math.sqrt(num_shares)
     expected_batch_size = plan.sampling_rate * num_records
 
     def grad(key: Key, params: Params, batch: Batch) -> tuple[Params, ClipInfo]:

@@ -1,17 +1,24 @@
 """From rows to what people read: files, tables, figures. No JAX here."""
 
+from fedrobust.reporting.curve import POINT_FIELDS, auc_against_epsilon, epsilon_table
 from fedrobust.reporting.plots import accuracy_against_radius, trade_off, training_curves
 from fedrobust.reporting.rows import Combination, Row, append, config_hash, read, validate
-from fedrobust.reporting.tables import Table, table, to_latex, to_markdown, to_rich
+from fedrobust.reporting.tables import Table, latex, markdown, screen, table, to_latex, to_markdown, to_rich
 
 __all__ = [
+    "POINT_FIELDS",
     "Combination",
     "Row",
     "Table",
     "accuracy_against_radius",
     "append",
+    "auc_against_epsilon",
     "config_hash",
+    "epsilon_table",
+    "latex",
+    "markdown",
     "read",
+    "screen",
     "table",
     "to_latex",
     "to_markdown",

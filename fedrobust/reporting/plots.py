@@ -35,7 +35,7 @@ def accuracy_against_radius(rows: Sequence[Row], path: Path | str) -> Path:
     if not cases:
         raise ValueError("no row has a robust entry to plot")
     norms = list(dict.fromkeys(norm for norm, _ in cases))
-    figure, panels = _figure(len(norms), width=4.6)
+    figure, panels = new_figure(len(norms), width=4.6)
     for norm, panel in zip(norms, panels, strict=True):
         radii = [eps for name, eps in cases if name == norm]
         in_levels = all("/255" in summary.radius_text(norm, eps) for eps in radii)
@@ -47,7 +47,7 @@ def accuracy_against_radius(rows: Sequence[Row], path: Path | str) -> Path:
         panel.set_ylabel("test accuracy, worst attack (%)")
         panel.set_ylim(-2, 102)
         panel.set_xlim(left=0)
-    return _save(figure, path, _line_handles(rows))
+    return save_figure(figure, path, _line_handles(rows))
 
 
 def _radius_line(
@@ -80,7 +80,7 @@ def trade_off(rows: Sequence[Row], path: Path | str) -> Path:
         raise ValueError("no row has a robust entry to plot")
     norm = cases[0][0]
     eps = max(eps for name, eps in cases if name == norm)
-    figure, (panel,) = _figure(1, width=4.8)
+    figure, (panel,) = new_figure(1, width=4.8)
     largest = max(row["size"]["bytes"] for row in rows)
     for combination, group in by_combination(rows).items():
         clean = spread(group, summary.clean_figure("accuracy"))
@@ -93,7 +93,7 @@ def trade_off(rows: Sequence[Row], path: Path | str) -> Path:
     panel.set_ylabel(f"accuracy under attack, {summary.norm_text(norm)} {summary.radius_text(norm, eps)} (%)")
     panel.margins(0.15)
     panel.set_title(f"area: bytes of the model file (largest {_bytes_text(largest)})", fontsize=8, color="#444444")
-    return _save(figure, path, _dot_handles(rows))
+    return save_figure(figure, path, _dot_handles(rows))
 
 
 def _dot(panel: Axes, combination: Combination, x: float, y: float, area: float) -> None:
@@ -115,7 +115,7 @@ def training_curves(rows: Sequence[Row], path: Path | str) -> Path:
     Returns:
         The path.
     """
-    figure, (of_loss, of_accuracy) = _figure(2, width=4.0)
+    figure, (of_loss, of_accuracy) = new_figure(2, width=4.0)
     for combination, group in by_combination(rows).items():
         look = {**_look(combination), "marker": None}
         for row in group:
@@ -128,11 +128,12 @@ def training_curves(rows: Sequence[Row], path: Path | str) -> Path:
     for panel in (of_loss, of_accuracy):
         panel.set_xlabel("round")
         panel.set_xlim(left=0)
-    return _save(figure, path, _line_handles(rows, marker=False))
+    return save_figure(figure, path, _line_handles(rows, marker=False))
 
 
-def _figure(num_panels: int, *, width: float) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(width * num_panels + 1.4, 3.6), layout="constrained")
+def new_figure(num_panels: int, *, width: float, margin: float = 1.4) -> tuple[Figure, list[Axes]]:
+    """Empty panels side by side, `width` inches each, with a margin on the right for a legend."""
+    figure = Figure(figsize=(width * num_panels + margin, 3.6), layout="constrained")
     FigureCanvasAgg(figure)  # this figure alone draws through Agg; no global backend is touched
     panels = list(figure.subplots(1, num_panels, squeeze=False)[0])
     for panel in panels:
@@ -142,8 +143,10 @@ def _figure(num_panels: int, *, width: float) -> tuple[Figure, list[Axes]]:
     return figure, panels
 
 
-def _save(figure: Figure, path: Path | str, handles: list[Line2D]) -> Path:
-    figure.legend(handles=handles, loc="outside right center", frameon=False, handlelength=2.8, labelspacing=0.8)
+def save_figure(figure: Figure, path: Path | str, handles: Sequence[Line2D] = ()) -> Path:
+    """Writes a PNG; `handles` go into a legend on the right."""
+    if handles:
+        figure.legend(handles=handles, loc="outside right center", frameon=False, handlelength=2.8, labelspacing=0.8)
     figure.savefig(path, dpi=200, format="png")
     return Path(path)
 

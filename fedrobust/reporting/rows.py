@@ -93,14 +93,14 @@ def config_hash(config: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def validate(row: Mapping[str, Any]) -> None:
-    """Checks that a row has every field of `Row`, None where one does not apply.
+def validate(row: Mapping[str, Any], fields: Mapping[str, tuple[str, ...]] = FIELDS) -> None:
+    """Checks that a row has every field, by default those of `Row`; None where one does not apply.
 
     Raises:
         ValueError: one line that names all fields that are missing.
     """
     missing = []
-    for name, inner in FIELDS.items():
+    for name, inner in fields.items():
         value = row.get(name)
         if value is None:
             if name not in row or name not in NULLABLE:
@@ -111,11 +111,11 @@ def validate(row: Mapping[str, Any]) -> None:
         missing += [f"robust.{name}.{field}" for field in ROBUST_FIELDS if field not in entry]
     if missing:
         raise ValueError(f"row lacks {', '.join(missing)}")
-    lengths = {name: len(row["history"][name]) for name in FIELDS["history"]}
+    lengths = {name: len(row["history"][name]) for name in fields["history"]}
     check.require(len(set(lengths.values())) == 1, "history", lengths, "lists of one length")
 
 
-def append(path: Path | str, row: Mapping[str, Any]) -> None:
+def append(path: Path | str, row: Mapping[str, Any], *, fields: Mapping[str, tuple[str, ...]] = FIELDS) -> None:
     """Adds a row to a file so that it survives the process being killed at any moment after the call returns.
 
     A line torn by an earlier kill is removed first. One writer at a time.
@@ -123,11 +123,12 @@ def append(path: Path | str, row: Mapping[str, Any]) -> None:
     Args:
         path: the file; it and its folder are made where missing.
         row: a `Row`; NumPy values become plain ones, numbers that are not finite become None.
+        fields: what the row must have.
 
     Raises:
         ValueError: a field is missing; nothing is written.
     """
-    validate(row)
+    validate(row, fields)
     jsonl.append(path, [row])
 
 

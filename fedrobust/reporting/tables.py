@@ -58,20 +58,35 @@ def table(rows: Sequence[Row]) -> Table:
 
 def to_markdown(rows: Sequence[Row]) -> str:
     """The table in Markdown, its notes below."""
-    header, lines, notes = table(rows)
-    align = [":-:"] * 3 + ["--:"] * (len(header) - 3)
+    return markdown(table(rows), num_labels=3)
+
+
+def to_latex(rows: Sequence[Row]) -> str:
+    """The table in LaTeX, for `booktabs` and `amssymb`, its notes below."""
+    return latex(table(rows), num_labels=3)
+
+
+def to_rich(rows: Sequence[Row]) -> RichTable:
+    """The table for a terminal; degenerate combinations in red."""
+    return screen(table(rows), num_labels=3)
+
+
+def markdown(table: Table, *, num_labels: int) -> str:
+    """Any table in Markdown, its notes below; the first `num_labels` columns are centred, figures stand right."""
+    header, lines, notes = table
+    align = [":-:"] * num_labels + ["--:"] * (len(header) - num_labels)
     names = [f"{group} {name}".strip() for group, name in header]
     text = "\n".join("| " + " | ".join(cells) + " |" for cells in [names, align, *lines])
     return text + "\n\n" + "\n".join(f"- {note}" for note in notes) + "\n"
 
 
-def to_latex(rows: Sequence[Row]) -> str:
-    """The table in LaTeX, for `booktabs` and `amssymb`, its notes below."""
-    header, lines, notes = table(rows)
+def latex(table: Table, *, num_labels: int) -> str:
+    """Any table in LaTeX, for `booktabs` and `amssymb`, its notes below; columns as in `markdown`."""
+    header, lines, notes = table
     body = [" & ".join(map(_latex, cells)) + r" \\" for cells in lines]
     return "\n".join(
         [
-            r"\begin{tabular}{ccc" + "r" * (len(header) - 3) + "}",
+            r"\begin{tabular}{" + "c" * num_labels + "r" * (len(header) - num_labels) + "}",
             r"\toprule",
             *_latex_groups([group for group, _ in header]),
             " & ".join(_latex(name) for _, name in header) + r" \\",
@@ -85,29 +100,27 @@ def to_latex(rows: Sequence[Row]) -> str:
     )
 
 
-def to_rich(rows: Sequence[Row]) -> RichTable:
-    """The table for a terminal; degenerate combinations in red."""
-    header, lines, notes = table(rows)
-    screen = RichTable(
-        box=box.SIMPLE_HEAD, show_edge=False, padding=0, caption="\n".join(notes), caption_justify="left"
-    )
+def screen(table: Table, *, num_labels: int) -> RichTable:
+    """Any table for a terminal, lines with a mark in red; columns as in `markdown`."""
+    header, lines, notes = table
+    shown = RichTable(box=box.SIMPLE_HEAD, show_edge=False, padding=0, caption="\n".join(notes), caption_justify="left")
     for index, (group, name) in enumerate(header):
-        screen.add_column(f"{group} {name}".strip(), justify="center" if index < 3 else "right")
+        shown.add_column(f"{group} {name}".strip(), justify="center" if index < num_labels else "right")
     for cells in lines:
         tight = (cell.replace(" ± ", "±") for cell in cells)
-        screen.add_row(*tight, style="red" if any(MARK in cell for cell in cells) else "")
-    return screen
+        shown.add_row(*tight, style="red" if any(MARK in cell for cell in cells) else "")
+    return shown
 
 
 def _clean_columns() -> list[_Column]:
     def accuracy(group: Sequence[Row]) -> str:
         mark = MARK if any(map(summary.is_degenerate, group)) else ""
-        return _percent(spread(group, summary.clean_figure("accuracy"))) + mark
+        return percent(spread(group, summary.clean_figure("accuracy"))) + mark
 
     return [
         _Column("clean", "acc", accuracy),
-        _Column("clean", "bal", lambda group: _percent(spread(group, summary.clean_figure("balanced_accuracy")))),
-        _Column("clean", "AUC", lambda group: _percent(spread(group, summary.clean_figure("auc")))),
+        _Column("clean", "bal", lambda group: percent(spread(group, summary.clean_figure("balanced_accuracy")))),
+        _Column("clean", "AUC", lambda group: percent(spread(group, summary.clean_figure("auc")))),
     ]
 
 
@@ -116,7 +129,7 @@ def _robust_columns(rows: Sequence[Row]) -> list[_Column]:
 
     def column(norm: str, eps: float, field: str) -> _Column:
         def cell(group: Sequence[Row]) -> str:
-            return _percent(spread(group, summary.robust_figure(norm, eps, field)))
+            return percent(spread(group, summary.robust_figure(norm, eps, field)))
 
         name = {"accuracy": "acc", "balanced_accuracy": "bal"}[field]
         return _Column(f"{summary.norm_text(norm)} {summary.radius_text(norm, eps)}", name, cell)
@@ -133,7 +146,7 @@ def _robust_columns(rows: Sequence[Row]) -> list[_Column]:
 def _poisoned_columns(rows: Sequence[Row]) -> list[_Column]:
     def column(name: str, rule: str | None) -> _Column:
         def cell(group: Sequence[Row]) -> str:
-            return _percent(spread(group, lambda row: ((row["poisoned"] or {}).get(rule) or {}).get("accuracy")))
+            return percent(spread(group, lambda row: ((row["poisoned"] or {}).get(rule) or {}).get("accuracy")))
 
         return _Column("poison", name, cell)
 
@@ -193,7 +206,8 @@ def _notes(rows: Sequence[Row]) -> list[str]:
     return notes + [f"{MARK} Degenerate, one class for every image: {', '.join(degenerate)}."] * bool(degenerate)
 
 
-def _percent(value: Spread | None) -> str:
+def percent(value: Spread | None) -> str:
+    """A share in percent, with its standard deviation where there is one."""
     if value is None:
         return NOTHING
     return f"{100 * value.mean:.1f}" + (f" ± {100 * value.std:.1f}" if value.std is not None else "")
@@ -204,8 +218,10 @@ def _words(name: str | None) -> str:
 
 
 def _latex_groups(groups: Sequence[str]) -> list[str]:
-    """The line of group names above the header, each over a rule as wide as its columns."""
+    """The line of group names above the header, each over a rule as wide as its columns; none where none has a name."""
     names, rules, start = [], [], 1
+    if not any(groups):
+        return []
     for group, members in itertools.groupby(groups):
         width = len(list(members))
         names.append(rf"\multicolumn{{{width}}}{{c}}{{{_latex(group)}}}")
@@ -220,7 +236,8 @@ def _latex(text: str) -> str:
         "±": r"$\pm$",
         "ε": r"$\varepsilon$",
         "δ": r"$\delta$",
-        "∞": r"$_\infty$",
+        "σ": r"$\sigma$",
+        "∞": r"$\infty$",
         MARK: r"$^\dagger$",
         NOTHING: "--",
         "%": r"\%",
@@ -228,4 +245,4 @@ def _latex(text: str) -> str:
         "&": r"\&",
         "#": r"\#",
     }
-    return text.translate(str.maketrans(special))
+    return text.translate(str.maketrans(special)).replace(r"L$\infty$", r"L$_\infty$")

@@ -94,6 +94,32 @@ def test_an_empty_batch_gives_noise_of_multiplier_times_sensitivity_over_expecte
     assert info.loss == 0
 
 
+@pytest.mark.parametrize("num_shares", [2, 5])
+def test_a_share_has_its_part_of_the_variance_and_all_shares_make_one_mechanism(num_shares):
+    share = jax.jit(private_grad(CLIPPED, PLAN, num_records=20, num_shares=num_shares))
+    shares = [share(jax.random.key(i), PARAMS, make_batch(mask=False))[0]["b"] for i in range(num_shares)]
+    whole = 1.2 * 0.5 / 5.0
+    for one in shares:
+        assert_normal(one, whole / np.sqrt(num_shares))
+    assert_normal(sum(shares), whole)
+    assert abs(np.corrcoef(shares[0], shares[1])[0, 1]) < 6 / np.sqrt(N)
+
+
+def test_a_share_holds_all_of_the_signal():
+    """The same key draws the same noise up to its scale: the difference to an empty batch is what the records add."""
+    whole, share = (private_grad(CLIPPED, PLAN, num_records=20, num_shares=k) for k in (1, 4))
+    one, empty = make_batch(np.arange(SIZE) < 1), make_batch(False)
+    added = [run(KEY, PARAMS, one)[0]["a"] - run(KEY, PARAMS, empty)[0]["a"] for run in (whole, share)]
+    np.testing.assert_allclose(added[0], added[1], atol=1e-6)
+    assert abs(added[1][0] - added[1][4]) > 0.01
+
+
+@pytest.mark.parametrize("num_shares", [0, -1, 2.0, np.nan])
+def test_the_number_of_shares_is_a_whole_number_of_at_least_one(num_shares):
+    with pytest.raises(ValueError, match=r"^num_shares is "):
+        private_grad(CLIPPED, PLAN, num_records=20, num_shares=num_shares)
+
+
 @pytest.mark.parametrize("num_real", [1, 3, SIZE])
 def test_the_denominator_is_the_expected_size_never_the_realised_one(num_real):
     """The same key draws the same noise, so the difference to an empty batch is what the records contribute."""

@@ -1,0 +1,179 @@
+"""The points of the curve, two at a time, resumable, and what they leave behind."""
+
+import dataclasses
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from rich.console import Console
+
+from experiments import parallel
+from experiments.combinations.federation import Hospitals, Recipe, build_model, hospitals, make_recipe
+from experiments.combinations.row import provenance
+from experiments.combinations.study import config_of, require_same
+from experiments.combinations.training import BATCH_SIZE, Job, Progress, train
+from experiments.display import Display
+from experiments.epsilon_curve.settings import Curve, Noise
+from experiments.files import write_text
+from experiments.parallel import Check
+from fedrobust import evaluation, reporting
+
+_NOT_OF_A_ROW = ("epsilons", "noises", "seeds", "out", "data_dir", "parallel", "checkpoint_every")
+"""Settings that say what to run and where, not what a row is: rows of one folder may differ in them."""
+
+
+class Point(NamedTuple):
+    """One training of the curve. Attributes: noise, None without privacy; epsilon, inf without; seed."""
+
+    noise: Noise | None
+    epsilon: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """As in a folder's name: "silo-epsilon8-seed0"."""
+        return f"{self.noise or 'plain'}-epsilon{self.epsilon:g}-seed{self.seed}"
+
+
+def run(curve: Curve, console: Console) -> Path:
+    """Trains what is missing, then writes the table and the figure.
+
+    Args:
+        curve: the settings.
+        console: where progress and the table are shown.
+
+    Returns:
+        The folder that holds `rows.jsonl`, `table.md`, `table.tex` and `auc_against_epsilon.png`.
+
+    Raises:
+        ValueError: bad settings or data, or a folder that holds rows of another configuration. Nothing is written.
+    """
+    out = Path(curve.out or f"results/epsilon_curve-{Path(curve.dataset).stem}-{curve.scale}")
+    settings = {k: v for k, v in dataclasses.asdict(curve).items() if k not in _NOT_OF_A_ROW}
+    config = json.loads(json.dumps(settings))
+    require_same(out, config)
+    points = [Point(noise, epsilon, seed) for seed in curve.seeds for noise, epsilon in curve.points]
+    sites = {seed: hospitals(curve.study(*curve.points[0]), seed) for seed in curve.seeds}
+    # a plan that cannot be made is an error before anything is written
+    recipes = {point: recipe_of(curve, point, sites[point.seed]) for point in points}
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / "config.json", json.dumps(config, indent=2) + "\n")
+    done = {_point(row) for row in reporting.read(out / "rows.jsonl")}
+    todo = [point for point in points if point not in done]
+    at_once = _num_at_once(curve)
+    with Display(console, len(points), len(points) - len(todo)) as display:
+        for start in range(0, len(todo), at_once):
+            batch = todo[start : start + at_once]
+            tasks = [_task(recipes[point], point, sites[point.seed], out, display) for point in batch]
+            for point, row in zip(batch, parallel.run(tasks, num_threads=at_once), strict=True):
+                reporting.append(out / "rows.jsonl", row, fields=reporting.POINT_FIELDS)
+                shutil.rmtree(out / "work" / point.name)  # only now that the row is safe
+                display.advance()
+    shutil.rmtree(out / "work", ignore_errors=True)
+    report(out, console)
+    return out
+
+
+def report(out: Path, console: Console) -> None:
+    """Shows the table of a folder's rows and writes it, with the figure, beside them."""
+    rows = reporting.read(out / "rows.jsonl")
+    table = reporting.epsilon_table(rows)
+    console.print(reporting.screen(table, num_labels=2))
+    write_text(out / "table.md", reporting.markdown(table, num_labels=2))
+    write_text(out / "table.tex", reporting.latex(table, num_labels=2))
+    reporting.auc_against_epsilon(rows, out / "auc_against_epsilon.png")
+    console.print(f"\nrows.jsonl, table.md, table.tex and auc_against_epsilon.png: {out}")
+
+
+def recipe_of(curve: Curve, point: Point, site: Hospitals) -> Recipe:
+    """How a point is trained.
+
+    A step moves the model by the learning rate times gradient and noise. The curve's learning rate was chosen for one
+    epsilon; a point with s > 1 times the noise divides it by s, so that no step adds more noise than there.
+    """
+
+    def recipe(noise: Noise | None, epsilon: float) -> Recipe:
+        return make_recipe(curve.study(noise, epsilon), point.seed, site, dp=noise is not None, at=False)
+
+    wanted = recipe(point.noise, point.epsilon)
+    if wanted.plan is None:
+        return wanted
+    ratio = _noise(recipe("silo", curve.dp.epsilon)) / _noise(wanted)
+    dp = dataclasses.replace(wanted.study.dp, learning_rate=curve.dp.learning_rate * min(1.0, ratio))
+    return dataclasses.replace(wanted, study=dataclasses.replace(wanted.study, dp=dp))
+
+
+def _noise(recipe: Recipe) -> float:
+    """Standard deviation of the noise of all silos together, over the sensitivity and a factor common to the curve."""
+    assert recipe.plan is not None
+    shares = recipe.study.clients if recipe.study.dp.noise == "secure_sum" else 1
+    return recipe.plan.noise_multiplier / math.sqrt(shares)
+
+
+def make_row(recipe: Recipe, point: Point, site: Hospitals, folder: Path, progress: Progress) -> dict[str, Any]:
+    """Trains and measures one point.
+
+    Args:
+        recipe: how to train it.
+        point: what it is.
+        site: the data of its seed.
+        folder: where its checkpoints go.
+        progress: told of every round.
+
+    Returns:
+        A complete row, see `reporting.POINT_FIELDS`. Killed at any time and called again, it goes on from the last
+        checkpoint.
+    """
+    study, splits = recipe.study, site.splits
+    config = config_of(study)
+    model = build_model(study, splits.train.image.shape[1:], splits.train.num_classes)
+    trained = train(Job(recipe, site, point.seed, recipe.num_rounds, False, (), "mean", folder), model, progress)
+    figures = {}
+    for name, split in (("val", splits.val), ("clean", splits.test)):
+        logits = evaluation.predict(trained.apply, trained.params, split.image, BATCH_SIZE)
+        figures[name] = evaluation.metrics(logits, split.label)._asdict()
+    privacy = None
+    if recipe.plan is not None:
+        privacy = dataclasses.asdict(recipe.plan) | {"budget": point.epsilon, "noise": point.noise}
+    return {
+        "experiment": study.experiment,
+        "seed": point.seed,
+        "config": config,
+        "config_hash": reporting.config_hash(config),
+        **figures,
+        "privacy": privacy,
+        "history": dict(zip(("round", "loss", "val_accuracy"), trained.history.T.tolist(), strict=True)),
+        "train_seconds": trained.train_seconds,
+        **provenance(),
+    }
+
+
+def _task(
+    recipe: Recipe, point: Point, site: Hospitals, out: Path, display: Display
+) -> Callable[[Check], dict[str, Any]]:
+    shown = display.row(point.name)("training")
+
+    def task(check: Check) -> dict[str, Any]:
+        def progress(done: int, total: int, figures: dict[str, float]) -> None:
+            check()
+            shown(done, total, figures)
+
+        return make_row(recipe, point, site, out / "work" / point.name, progress)
+
+    return task
+
+
+def _num_at_once(curve: Curve) -> int:
+    """Points trained at the same time: one thread each, where clients are not spread over devices already."""
+    return 2 if curve.parallel and jax.device_count() == 1 else 1
+
+
+def _point(row: dict[str, Any]) -> Point:
+    privacy = row["privacy"]
+    if privacy is None:
+        return Point(None, float("inf"), row["seed"])
+    return Point(privacy["noise"], privacy["budget"], row["seed"])
