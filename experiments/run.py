@@ -9,16 +9,30 @@ import contextlib
 import io
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import tyro
 from rich.console import Console
 
+from experiments.combinations import study as combinations
 from experiments.combinations.presets import preset
-from experiments.combinations.settings import Scale, Study
-from experiments.combinations.study import run
+from experiments.combinations.settings import Scale
 
-NAMES = ("quickstart", "combinations")
+Settings = Any
+"""A frozen dataclass of settings that a study's command line is generated from."""
+
+
+def _combinations(settings: Settings, console: Console) -> int:
+    combinations.run(settings, console)
+    return 0
+
+
+STUDIES: dict[str, tuple[Callable[[str, str, Scale], Settings], Callable[[Settings, Console], int]]] = {
+    "quickstart": (preset, _combinations),
+    "combinations": (preset, _combinations),
+}
+"""For every study: `(name, dataset, scale) -> settings`, and `(settings, console) -> exit status`."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -28,19 +42,18 @@ def main(arguments: Sequence[str]) -> int:
         arguments: what stands behind `python -m experiments.run`.
 
     Returns:
-        The exit status: 0, or 2 after a one-line error on standard error.
+        The study's exit status, 0 where all is well; 2 after a one-line error on standard error.
     """
     try:
-        study = parse(arguments)
-        run(study, Console())
+        settings = parse(arguments)
+        return STUDIES[arguments[0]][1](settings, Console())
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    return 0
 
 
-def parse(arguments: Sequence[str]) -> Study:
-    """The study that a command line asks for.
+def parse(arguments: Sequence[str]) -> Settings:
+    """The settings that a command line asks for.
 
     Raises:
         ValueError: unknown study or setting, or a value that is not allowed.
@@ -50,23 +63,22 @@ def parse(arguments: Sequence[str]) -> Study:
     if name in ("-h", "--help"):
         print(__doc__)
         raise SystemExit(0)
-    if name not in NAMES:
-        raise ValueError(f"study is {name!r}: must be one of {', '.join(NAMES)}")
-    default = preset(name, _peek(rest, "--dataset", "digits"), _scale(_peek(rest, "--scale", "cpu")))
+    if name not in STUDIES:
+        raise ValueError(f"study is {name!r}: must be one of {', '.join(STUDIES)}")
+    default = STUDIES[name][0](name, _peek(rest, "--dataset", "digits"), _scale(_peek(rest, "--scale", "cpu")))
     wants_help = "-h" in rest or "--help" in rest
     captured = io.StringIO()
     try:
         with contextlib.nullcontext() if wants_help else contextlib.redirect_stderr(captured):
-            study, unknown = tyro.cli(
-                Study, default=default, args=rest, prog=f"python -m experiments.run {name}", return_unknown_args=True
-            )
+            prog = f"python -m experiments.run {name}"
+            settings, unknown = tyro.cli(type(default), default=default, args=rest, prog=prog, return_unknown_args=True)
     except SystemExit as stop:
         if wants_help:
             raise
         raise ValueError(_one_line(captured.getvalue())) from stop
     if unknown:
         raise ValueError(f"{unknown[0]}: no such setting; `python -m experiments.run {name} --help` lists all")
-    return study
+    return settings
 
 
 def _peek(arguments: Sequence[str], flag: str, default: str) -> str:
