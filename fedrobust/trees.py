@@ -1,5 +1,7 @@
 """Arithmetic on pytrees of parameters. Sums run in float32 or wider."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 
@@ -45,6 +47,22 @@ def norm(tree: Params) -> jax.Array:
 def size(tree: Params) -> int:
     """The number of scalars in all leaves."""
     return sum(x.size for x in jax.tree.leaves(tree))
+
+
+def add_flat(tree: Params, flat: jax.Array) -> Params:
+    """`tree + flat`, where `flat` holds one number for every scalar.
+
+    Args:
+        tree: a pytree of arrays.
+        flat: [size(tree)], in the order of the leaves.
+
+    Returns:
+        The sum, in each leaf's shape and dtype.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    pieces = jnp.split(flat, list(itertools.accumulate(x.size for x in leaves))[:-1])
+    summed = [x + piece.reshape(x.shape).astype(x.dtype) for x, piece in zip(leaves, pieces, strict=True)]
+    return jax.tree.unflatten(structure, summed)
 
 
 def weighted_sum(weight: jax.Array, stacked: Params) -> Params:

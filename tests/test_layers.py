@@ -93,7 +93,8 @@ def test_the_package_itself_imports_nothing():
     [
         (("jax.extend", "jax.core", "jax.interpreters"), ("fedrobust/trace/", "fedrobust/ops/_contractions.py")),
         (("tensorflow_datasets", "tensorflow"), "fedrobust/data/"),
-        (("jax.sharding", "jax.experimental"), "fedrobust/federated/client_map.py"),
+        (("jax.sharding",), "fedrobust/federated/client_map.py"),
+        (("jax.experimental",), "fedrobust/privacy/entropy.py"),  # noise from the host needs a call with side effects
         (("dp_accounting",), "fedrobust/privacy/"),
         (("safetensors",), "fedrobust/compression/"),
         (("orbax",), "fedrobust/federated/checkpoint.py"),

@@ -13,9 +13,11 @@ from fedrobust.privacy.clipping import (
     clip,
     clipped_grad,
 )
+from fedrobust.privacy.discrete import Words, discrete_gaussian
+from fedrobust.privacy.entropy import add_system_gaussian, system_words
 from fedrobust.privacy.histogram import private_class_weight
 from fedrobust.privacy.isolation import coupling, require_isolated
-from fedrobust.privacy.noise import add_gaussian, private_grad, private_mean
+from fedrobust.privacy.noise import Noise, add_gaussian, private_grad, private_mean
 from fedrobust.privacy.plan import (
     UNITS,
     Plan,
@@ -25,6 +27,7 @@ from fedrobust.privacy.plan import (
     joint_multiplier,
     make_plan,
 )
+from fedrobust.privacy.secure_sum import SecureSum, decode, encode, secure_sum_epsilon, secure_sum_zcdp
 
 __all__ = [
     "ACCOUNTANTS",
@@ -36,16 +39,23 @@ __all__ = [
     "ClipInfo",
     "ClippedGrad",
     "Event",
+    "Noise",
     "Plan",
+    "SecureSum",
+    "Words",
     "adaptive_clip_norm",
     "add_gaussian",
+    "add_system_gaussian",
     "blank_padding",
     "by_layer",
     "clip",
     "clipped_grad",
     "coupling",
-    "effective_noise_multiplier",
+    "decode",
+    "discrete_gaussian",
     "distributed_multiplier",
+    "effective_noise_multiplier",
+    "encode",
     "epsilon_spent",
     "federation_epsilon",
     "joint_multiplier",
@@ -55,5 +65,8 @@ __all__ = [
     "private_grad",
     "private_mean",
     "require_isolated",
+    "secure_sum_epsilon",
+    "secure_sum_zcdp",
+    "system_words",
     "total_epsilon",
 ]

@@ -1,7 +1,7 @@
 """Gaussian noise on pytrees, and the mechanisms made from it."""
 
-import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,6 +11,9 @@ from fedrobust import check, trees
 from fedrobust.privacy.clipping import ClipInfo, ClippedGrad, clip
 from fedrobust.privacy.plan import Plan
 from fedrobust.types import Aggregator, Batch, GradFn, Key, Params
+
+Noise = Callable[[Key, Params, float | jax.Array], Params]
+"""`(key, tree, stddev) -> tree + N(0, stddev^2)`: `add_gaussian` or `add_system_gaussian`."""
 
 
 def add_gaussian(key: Key, tree: Params, stddev: float | jax.Array) -> Params:
@@ -24,12 +27,7 @@ def add_gaussian(key: Key, tree: Params, stddev: float | jax.Array) -> Params:
     Returns:
         `tree + N(0, stddev^2)`, same shapes and dtypes.
     """
-    leaves, structure = jax.tree.flatten(tree)
-    noise = stddev * jax.random.normal(key, (trees.size(tree),))
-    ends = list(itertools.accumulate(x.size for x in leaves))
-    pieces = jnp.split(noise, ends[:-1])
-    noisy = [x + piece.reshape(x.shape).astype(x.dtype) for x, piece in zip(leaves, pieces, strict=True)]
-    return jax.tree.unflatten(structure, noisy)
+    return trees.add_flat(tree, stddev * jax.random.normal(key, (trees.size(tree),)))
 
 
 def private_grad(
@@ -39,6 +37,7 @@ def private_grad(
     num_records: float,
     class_weight: jax.Array | None = None,
     num_shares: int = 1,
+    noise: Noise = add_gaussian,
 ) -> GradFn:
     """The Gaussian mechanism on a clipped gradient sum: one step of DP-SGD, as the plan accounts for it.
 
@@ -57,6 +56,7 @@ def private_grad(
             epsilon, a silo's own, holds for it alone. The server is honest but curious, and no silo drops out: with d
             shares missing the sum has (K - d) / K of the variance. Who knows c of the shares (silos that collude, or
             one silo that takes off its own) faces (K - c) / K of it: less noise than the plan accounts for.
+        noise: where the noise comes from: the key, or with `add_system_gaussian` the operating system.
 
     Returns:
         A `GradFn` `(key, params, batch) -> (gradient, ClipInfo)`. An empty batch gives pure noise.
@@ -78,12 +78,12 @@ def private_grad(
         loss_key, noise_key = jax.random.split(key)
         weight = None if class_weight is None else class_weight[batch.label]
         total, info = clipped(loss_key, params, batch, weight)
-        return trees.scale(add_gaussian(noise_key, total, stddev), 1 / expected_batch_size), info
+        return trees.scale(noise(noise_key, total, stddev), 1 / expected_batch_size), info
 
     return grad
 
 
-def private_mean(plan: Plan, *, clip_norm: float, num_clients: float) -> Aggregator:
+def private_mean(plan: Plan, *, clip_norm: float, num_clients: float, noise: Noise = add_gaussian) -> Aggregator:
     """Client-level DP-FedAvg: every client's update is clipped, the sum is noised once, at the server.
 
         (sum_k clip(update_k) + N(0, (plan.noise_multiplier * clip_norm)^2)) / (plan.sampling_rate * num_clients)
@@ -93,6 +93,7 @@ def private_mean(plan: Plan, *, clip_norm: float, num_clients: float) -> Aggrega
             of its steps.
         clip_norm: L2 bound of one client's update, > 0.
         num_clients: the population, a public constant > 0, never the realised size of a cohort.
+        noise: as in `private_grad`.
 
     Returns:
         An `Aggregator`. Client weights only say who is present (> 0): unequal weights would change the
@@ -118,7 +119,7 @@ def private_mean(plan: Plan, *, clip_norm: float, num_clients: float) -> Aggrega
         clipped, norm = jax.vmap(lambda update: clip(update, clip_norm))(updates)
         present = weight > 0
         total = trees.weighted_sum(present.astype(jnp.float32), clipped)
-        noisy = add_gaussian(key, total, plan.noise_multiplier * clip_norm)
+        noisy = noise(key, total, plan.noise_multiplier * clip_norm)
         return trees.scale(noisy, 1 / expected_num_clients), state, jnp.where(present, norm, 0)
 
     return Aggregator(init, apply)
