@@ -181,7 +181,10 @@ def _epsilon(entries: Sequence[Entry], delta: float, grid: float = accounting.GR
     steps: Counter[tuple[tuple[str, str, str], Event]] = Counter()
     for entry in entries:
         if entry.event is not None:
-            steps[_key(entry), entry.event] += entry.num_steps  # shuffled epochs are counted for each run apart
+            place = _key(entry), entry.event  # each run apart: two runs of shuffled epochs do not share one
+            if entry.event.sampling == "shuffle" and place not in steps:
+                steps[place] = entry.first_step  # counted from where its epochs begin
+            steps[place] += entry.num_steps
     if not steps:
         return 0.0
     releases = [(event, count) for (_, event), count in steps.items()]

@@ -1,14 +1,13 @@
 """Cohorts: pure in (seed, round), sampled as stated, padded with nothing."""
 
 import math
-from decimal import Decimal
 from itertools import chain
 
 import numpy as np
 import pytest
 
-from fedrobust.data import CohortSettings, cohort_shape, make_cohorts
-from fedrobust.data.cohort import TAIL
+from fedrobust.data import CohortSettings, make_cohorts
+from fedrobust.privacy.sampling import fixed_size, poisson
 from fedrobust.types import Dataset
 
 SIZES = (10, 4, 7, 1)
@@ -18,7 +17,8 @@ DATASET = Dataset(
     np.broadcast_to(np.arange(22, dtype=np.float32)[:, None, None, None], (22, 2, 3, 1)), np.arange(22) % 3, 3
 )
 SHUFFLE = CohortSettings(3, "all", "shuffle", batch_size=3)
-POISSON = CohortSettings(4, "poisson", "poisson", client_rate=0.5, batch_rate=0.3)
+SAMPLED = CohortSettings(4, "sampler", "sampler")
+SAMPLERS = {"client_sampler": poisson(0.5, 4, multiple=1), "batch_sampler": poisson(0.3, 10, multiple=8)}
 
 
 def examples(cohort, row):
@@ -33,25 +33,27 @@ def assert_equal_cohorts(a, b):
         np.testing.assert_array_equal(x, y)
 
 
-@pytest.mark.parametrize("settings", [SHUFFLE, POISSON, CohortSettings(2, "fixed", "shuffle", 2, batch_size=4)])
-def test_a_cohort_is_a_pure_function_of_seed_and_round(settings):
-    forward = make_cohorts(DATASET, PARTS, settings, seed=3)
+@pytest.mark.parametrize(
+    ("settings", "samplers"),
+    [(SHUFFLE, {}), (SAMPLED, SAMPLERS), (CohortSettings(2, "fixed", "shuffle", 2, batch_size=4), {})],
+)
+def test_a_cohort_is_a_pure_function_of_seed_and_round(settings, samplers):
+    forward = make_cohorts(DATASET, PARTS, settings, seed=3, **samplers)
     there = [forward(r) for r in range(4)]
-    other = make_cohorts(DATASET, PARTS, settings, seed=3)
+    other = make_cohorts(DATASET, PARTS, settings, seed=3, **samplers)
     for r in (2, 0, 3, 1):
         assert_equal_cohorts(there[r], other(r))
     assert any((there[0].batch.image != there[r].batch.image).any() for r in (1, 2, 3))
-    reseeded = [make_cohorts(DATASET, PARTS, settings, seed=4)(r) for r in range(4)]
+    reseeded = [make_cohorts(DATASET, PARTS, settings, seed=4, **samplers)(r) for r in range(4)]
     assert any((a.batch.image != b.batch.image).any() for a, b in zip(there, reseeded, strict=True))
 
 
-@pytest.mark.parametrize("settings", [SHUFFLE, POISSON])
-def test_types_shapes_and_places_are_those_of_a_cohort_in_every_round(settings):
-    shape = cohort_shape(settings, SIZES)
-    cohorts = make_cohorts(DATASET, PARTS, settings, seed=0, malicious=[2])
+@pytest.mark.parametrize(("settings", "samplers", "shape"), [(SHUFFLE, {}, (4, 3, 3)), (SAMPLED, SAMPLERS, (4, 4, 16))])
+def test_types_shapes_and_places_are_those_of_a_cohort_in_every_round(settings, samplers, shape):
+    cohorts = make_cohorts(DATASET, PARTS, settings, seed=0, malicious=[2], **samplers)
     for r in range(5):
         cohort = cohorts(r)
-        k, s, b = shape[:3]
+        k, s, b = shape
         assert (cohort.id.shape, cohort.id.dtype) == ((k,), np.int32)
         assert (cohort.weight.shape, cohort.weight.dtype) == ((k,), np.float32)
         assert (cohort.malicious.shape, cohort.malicious.dtype) == ((k,), np.bool_)
@@ -91,10 +93,16 @@ def test_a_small_client_sees_each_example_once_per_round_and_then_empty_batches(
         assert examples(cohorts(r), 3) == [[PARTS[3][0]], [], []]
 
 
-@pytest.mark.parametrize(("batches", "size"), [("shuffle", {"batch_size": 3}), ("poisson", {"batch_rate": 0.4})])
-def test_the_batches_of_a_client_do_not_depend_on_who_takes_part(batches, size):
-    everyone = make_cohorts(DATASET, PARTS, CohortSettings(3, "all", batches, **size), seed=5)
-    some = make_cohorts(DATASET, PARTS, CohortSettings(3, "fixed", batches, num_clients=2, **size), seed=5)
+@pytest.mark.parametrize("sampled", [False, True])
+def test_the_batches_of_a_client_do_not_depend_on_who_takes_part(sampled):
+    batches, size = ("sampler", None) if sampled else ("shuffle", 3)
+    sampler = poisson(0.4, 10, multiple=8) if sampled else None
+    everyone, some = (
+        make_cohorts(
+            DATASET, PARTS, CohortSettings(3, who, batches, num, batch_size=size), seed=5, batch_sampler=sampler
+        )
+        for who, num in (("all", None), ("fixed", 2))
+    )
     seen = set()
     for r in range(8):
         few, all_ = some(r), everyone(r)
@@ -104,10 +112,12 @@ def test_the_batches_of_a_client_do_not_depend_on_who_takes_part(batches, size):
     assert seen == {0, 1, 2, 3}
 
 
-@pytest.mark.parametrize(("batches", "size"), [("shuffle", {"batch_size": 6}), ("poisson", {"batch_rate": 0.5})])
-def test_clients_of_equal_size_draw_independently(batches, size):
+@pytest.mark.parametrize("sampler", [None, poisson(0.5, 11, multiple=8), fixed_size(6, 11)])
+def test_clients_of_equal_size_draw_independently(sampler):
     parts = [np.arange(11), np.arange(11, 22)]
-    cohort = make_cohorts(DATASET, parts, CohortSettings(4, "all", batches, **size), seed=0)(0)
+    batches, size = ("shuffle", 6) if sampler is None else ("sampler", None)
+    settings = CohortSettings(4, "all", batches, batch_size=size)
+    cohort = make_cohorts(DATASET, parts, settings, seed=0, batch_sampler=sampler)(0)
     assert [[i + 11 for i in batch] for batch in examples(cohort, 0)] != examples(cohort, 1)
 
 
@@ -122,8 +132,9 @@ def test_fixed_sampling_draws_every_client_equally_often_and_never_twice():
 def test_poisson_inclusion_has_the_stated_rate_independently():
     num, rate, rounds, steps = 6, 0.3, 500, 4
     dataset = Dataset(np.arange(num, dtype=np.float32).reshape(num, 1, 1, 1), np.zeros(num, int), 2)
-    settings = CohortSettings(steps, "poisson", "poisson", client_rate=0.4, batch_rate=rate)
-    cohorts = make_cohorts(dataset, [np.arange(3), np.arange(3, 6)], settings, seed=0)
+    samplers = {"client_sampler": poisson(0.4, 2, multiple=1), "batch_sampler": poisson(rate, 3, multiple=8)}
+    settings = CohortSettings(steps, "sampler", "sampler")
+    cohorts = make_cohorts(dataset, [np.arange(3), np.arange(3, 6)], settings, seed=0, **samplers)
     took_part, drawn = np.zeros((rounds, 2)), []
     for r in range(rounds):
         cohort = cohorts(r)
@@ -143,42 +154,34 @@ def test_poisson_inclusion_has_the_stated_rate_independently():
     assert abs(drawn.sum(1).var() - 3 * rate * (1 - rate)) < 0.1
 
 
-@pytest.mark.parametrize(("num", "rate"), [(941, 0.1), (60, 0.5), (5, 0.3), (200, 1e-3), (30, 0.97)])
-def test_poisson_capacity_keeps_the_exact_tail_below_its_bound_and_is_no_larger_than_needed(num, rate):
-    def tail(capacity):
-        p = Decimal(rate)
-        return float(sum(math.comb(num, k) * p**k * (1 - p) ** (num - k) for k in range(capacity + 1, num + 1)))
-
-    settings = CohortSettings(1, "poisson", "poisson", client_rate=rate, batch_rate=rate)
-    shape = cohort_shape(settings, [num] + [1] * (num - 1))
-    assert tail(shape.num_clients) <= TAIL <= 1e-9
-    assert shape.num_clients == 1 or tail(shape.num_clients - 1) > TAIL
-    assert shape.batch_size % 8 == 0
-    assert 0 <= shape.batch_size - shape.num_clients < 8
-    assert shape.client_tail == pytest.approx(tail(shape.num_clients), rel=1e-6, abs=1e-30)
-    assert shape.batch_tail == pytest.approx(tail(shape.batch_size), rel=1e-6, abs=1e-30)
-
-
 def test_rate_one_takes_everyone_and_everything():
-    settings = CohortSettings(2, "poisson", "poisson", client_rate=1.0, batch_rate=1.0)
-    assert cohort_shape(settings, SIZES) == (4, 2, 16, 0.0, 0.0)
-    cohort = make_cohorts(DATASET, PARTS, settings, seed=0)(0)
+    samplers = {"client_sampler": poisson(1.0, 4, multiple=1), "batch_sampler": poisson(1.0, 10, multiple=8)}
+    cohort = make_cohorts(DATASET, PARTS, CohortSettings(2, "sampler", "sampler"), seed=0, **samplers)(0)
+    assert cohort.batch.mask.shape == (4, 2, 16)
     np.testing.assert_array_equal(cohort.batch.mask.sum(-1), np.repeat(SIZES, 2).reshape(4, 2))
 
 
-def test_the_bound_holds_for_the_worst_client_whatever_its_place():
-    settings = CohortSettings(1, "all", "poisson", batch_rate=0.1)
-    assert cohort_shape(settings, [5, 900, 40]) == cohort_shape(settings, [900, 40, 5])
-    assert cohort_shape(settings, [900]).batch_size < 900
+def test_poisson_batches_are_those_of_one_generator_per_client_and_round():
+    """Numbers of trainings made so far stay what they are."""
+    settings = CohortSettings(3, "all", "sampler")
+    cohort = make_cohorts(DATASET, PARTS, settings, seed=7, batch_sampler=poisson(0.3, 10, multiple=8))(5)
+    for client, part in enumerate(PARTS):
+        drawn = np.random.default_rng([7, 2, 5, client]).random((3, len(part))) < 0.3
+        assert examples(cohort, client) == [part[row].tolist() for row in drawn]
 
 
-def test_a_draw_beyond_capacity_is_cut_and_not_an_error(monkeypatch):
-    monkeypatch.setattr("fedrobust.data.cohort.TAIL", 0.9)
-    settings = CohortSettings(2, "poisson", "poisson", client_rate=0.5, batch_rate=0.5)
-    shape = cohort_shape(settings, SIZES)
-    assert shape.client_tail > 0
-    cohorts = make_cohorts(DATASET, PARTS, settings, seed=0)
-    assert max((cohorts(r).weight > 0).sum() for r in range(20)) == shape.num_clients < 4
+def test_every_client_may_have_its_own_sampler():
+    settings, samplers = CohortSettings(2, "all", "sampler"), [fixed_size(-(-num // 2), num) for num in SIZES]
+    cohort = make_cohorts(DATASET, PARTS, settings, seed=0, batch_sampler=samplers)(0)
+    assert cohort.batch.mask.shape == (4, 2, 5)
+    np.testing.assert_array_equal(cohort.batch.mask.sum(-1), np.repeat([5, 2, 4, 1], 2).reshape(4, 2))
+
+
+def test_without_a_seed_nobody_draws_the_same_batches_again():
+    draw = make_cohorts(DATASET, PARTS, SAMPLED, seed=None, **SAMPLERS)
+    assert_equal_cohorts(draw(3), draw(3))  # within a run a round stays what it is
+    other = make_cohorts(DATASET, PARTS, SAMPLED, seed=None, **SAMPLERS)
+    assert any((draw(r).batch.mask != other(r).batch.mask).any() for r in range(10))  # equal: 22 fair-ish coins x 40
 
 
 def test_weights_are_equal_or_by_examples():
@@ -197,21 +200,36 @@ def test_weights_are_equal_or_by_examples():
         (CohortSettings(1, "all", "shuffle", batch_size=1, weighting="size"), "weighting"),
         (CohortSettings(1, "all", "shuffle"), "batch_size"),
         (CohortSettings(1, "all", "shuffle", batch_size=0), "batch_size"),
-        (CohortSettings(1, "all", "poisson", batch_size=4, batch_rate=0.1), "batch_size"),
-        (CohortSettings(1, "all", "poisson"), "batch_rate"),
-        (CohortSettings(1, "all", "poisson", batch_rate=0.0), "batch_rate"),
-        (CohortSettings(1, "all", "poisson", batch_rate=1.1), "batch_rate"),
+        (CohortSettings(1, "all", "sampler", batch_size=4), "batch_size"),
+        (CohortSettings(1, "all", "sampler"), "batch_sampler"),
         (CohortSettings(1, "fixed", "shuffle", batch_size=1), "num_clients"),
         (CohortSettings(1, "fixed", "shuffle", num_clients=5, batch_size=1), "num_clients"),
         (CohortSettings(1, "all", "shuffle", num_clients=2, batch_size=1), "num_clients"),
-        (CohortSettings(1, "poisson", "shuffle", batch_size=1), "client_rate"),
-        (CohortSettings(1, "poisson", "shuffle", client_rate=float("nan"), batch_size=1), "client_rate"),
+        (CohortSettings(1, "sampler", "shuffle", batch_size=1), "client_sampler"),
     ],
 )
 def test_settings_out_of_range_are_named_in_one_line(settings, named):
     with pytest.raises(ValueError, match=f"^{named} is ") as caught:
         make_cohorts(DATASET, PARTS, settings, seed=0)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"batch_sampler": poisson(0.3, 9, multiple=8)}, "batch_sampler, drawing from"),  # the largest client has 10
+        ({"batch_sampler": fixed_size(2, 10)}, "batch_sampler, drawing from"),
+        ({"batch_sampler": [SAMPLERS["batch_sampler"]] * 3}, "batch_sampler"),
+        ({"client_sampler": poisson(0.5, 3, multiple=1)}, "client_sampler, drawing from"),
+        ({"client_sampler": None}, "client_sampler"),
+    ],
+)
+def test_a_sampler_made_for_others_is_refused(changes, named):
+    with pytest.raises(ValueError, match=f"^{named} is "):
+        make_cohorts(DATASET, PARTS, SAMPLED, seed=0, **SAMPLERS | changes)
+    for settings in (SHUFFLE, CohortSettings(1, "fixed", "sampler", num_clients=2)):
+        with pytest.raises(ValueError, match=r"^(batch|client)_sampler is "):
+            make_cohorts(DATASET, PARTS, settings, seed=0, **SAMPLERS)
 
 
 def test_parts_ids_and_seeds_that_do_not_exist_are_named():

@@ -10,7 +10,7 @@ import safetensors
 from experiments.combinations import study as study_module
 from experiments.display import Display
 from experiments.run import main
-from fedrobust import reporting
+from fedrobust import privacy, reporting
 from fedrobust.models import SPECS
 from fedrobust.models.spec import Conv, Dense, GlobalPool, Norm, Relu
 
@@ -91,12 +91,15 @@ def test_a_study_killed_twice_and_resumed_leaves_what_an_unbroken_one_leaves(wat
     rows = reporting.read(whole / "out" / "rows.jsonl")
     check_rows(rows)
     check_files(whole / "out", rows)
+    check_ledger(whole / "out", rows[1])
 
     first = watched(broken, kill_at=("dp+at+mc", "training", 2))  # while the model is pruned
     assert (broken / "out" / "work").exists()
     plain_line = (broken / "out" / "rows.jsonl").read_bytes()
     assert plain_line.count(b"\n") == 1
+    assert charged_rounds(broken / "out", "training") == 2  # blocks of one round here: what was looked at, no less
     second = watched(broken, kill_at=("dp+at+mc", "poisoned, trimmed mean", 4))  # when it is small
+    assert charged_rounds(broken / "out", "poisoned, trimmed mean") == 4
     third = watched(broken)
     assert first + second + third != phases
     assert first[: first.index(("dp+at+mc", "training", 1))] == phases[: phases.index(("dp+at+mc", "training", 1))]
@@ -111,6 +114,7 @@ def test_a_study_killed_twice_and_resumed_leaves_what_an_unbroken_one_leaves(wat
     for model in MODELS:
         assert contents(broken / "out" / model) == contents(whole / "out" / model)
     check_files(broken / "out", resumed)
+    assert (broken / "out" / "ledger.jsonl").read_bytes() == (whole / "out" / "ledger.jsonl").read_bytes()
 
     at_once = tmp_path / "at once"
     killed = watched(at_once, kill_at=("dp+at+mc", "training", 3), command=COMMAND.replace("no-parallel", "parallel"))
@@ -156,6 +160,25 @@ def check_rows(rows):
     assert private["size"]["bytes"] < plain["size"]["bytes"]
     assert private["size"]["flops_ratio"] < 0.6
     assert 0 <= private["masked_minus_shrunk"] <= 1e-5
+
+
+def charged_rounds(out, phase):
+    """Steps of the private training that are in the ledger, for a silo."""
+    entries = privacy.ledger.read(out / "ledger.jsonl")
+    scope = f"dp+at+mc-seed0, {phase}, silo 3"
+    return sum(entry.num_steps for entry in entries if (entry.scope, entry.mechanism) == (scope, "gradient"))
+
+
+def check_ledger(out, row):
+    """Every training of the private row is in it whole, and the row says what it says."""
+    for phase in ("training", "poisoned, mean", "poisoned, trimmed mean"):
+        assert charged_rounds(out, phase) == 5
+    lines = {line.scope: line for line in privacy.ledger.summary(out / "ledger.jsonl", row["privacy"]["delta"])}
+    assert len(lines) == 3 * (5 + 1)
+    silos = [line for scope, line in lines.items() if scope.startswith("dp+at+mc-seed0, training, silo")]
+    assert {line.epsilon for line in silos} == {row["privacy"]["epsilon"]}
+    looks = lines["dp+at+mc-seed0, training, validation split"]
+    assert (looks.epsilon, looks.looks) == (0, (("tuning", 1),))  # ten classes: no threshold is calibrated
 
 
 def check_files(out, rows):

@@ -1,0 +1,315 @@
+"""The ledger never says less than was spent: after refusals, kills, restarts, in threads, and when damaged."""
+
+import itertools
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedrobust.privacy import Event, ledger, total_epsilon
+from fedrobust.privacy.ledger import Budget, Entry, charge, federation_spent, read, spent, summary, to_text
+
+DELTA = 1e-4
+STEP = Event("gaussian", 4.0, "poisson", 0.3)
+COUNTS = Event("laplace", 10.0)
+AMPLE = Budget(100.0, DELTA)
+ROOT = Path(__file__).parents[2]
+
+
+def entry(first=0, num=1, event=STEP, scope="silo 0", mechanism="gradient", run="run a", relation="add_or_remove_one"):
+    return Entry(scope, "record", relation, mechanism, run, first, num, event)
+
+
+def epsilon(*releases, relation="add_or_remove_one", accountant="pld"):
+    return total_epsilon(releases, relation=relation, delta=DELTA, accountant=accountant)
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "deep" / "ledger.jsonl"
+
+
+def test_within_a_scope_everything_composes_over_mechanisms_and_runs(path):
+    charge(path, AMPLE, [entry(num=5), entry(mechanism="label counts", event=COUNTS)])
+    assert spent(path, "silo 0", DELTA) == epsilon((STEP, 5), (COUNTS, 1))
+    charge(path, AMPLE, [entry(num=5, run="run b")])
+    assert spent(path, "silo 0", DELTA) == epsilon((STEP, 10), (COUNTS, 1)) > epsilon((STEP, 5), (COUNTS, 1))
+    assert read(path)[0] == entry(num=5)
+    assert spent(path, "silo 1", DELTA) == 0
+
+
+def test_over_disjoint_silos_the_largest_counts(path):
+    charge(path, AMPLE, [entry(num=5), entry(scope="silo 1", num=9), entry(scope="silo 2", mechanism="mask scores")])
+    assert federation_spent(path, ["silo 0", "silo 1", "silo 2"], DELTA) == epsilon((STEP, 9))
+    assert federation_spent(path, ["silo 0", "silo 2"], DELTA) == epsilon((STEP, 5))
+    client = Entry("federation", "client", "add_or_remove_one", "update", "run a", 0, 3, STEP)
+    charge(path, AMPLE, [client])
+    for scopes in (["silo 0", "federation"], ["federation"], []):
+        with pytest.raises(ValueError, match=r"^scopes is "):
+            federation_spent(path, scopes, DELTA)
+
+
+def test_a_round_with_both_levels_is_two_accounts(path):
+    """Each silo noises its records' gradients, the server the clipped updates: two guarantees, two scopes."""
+    server = Event("gaussian", 1.5)
+    for r in range(3):
+        silos = [entry(r, scope=f"silo {k}") for k in range(2)]
+        charge(path, AMPLE, [*silos, Entry("federation", "client", "replace_one", "update", "run a", r, 1, server)])
+    assert federation_spent(path, ["silo 0", "silo 1"], DELTA) == epsilon((STEP, 3))
+    assert spent(path, "federation", DELTA) == epsilon((server, 3), relation="replace_one")
+
+
+def test_a_charge_beyond_the_budget_is_refused_before_it_is_written(path):
+    budget = Budget(epsilon((STEP, 7)) * 1.0001, DELTA)
+    charge(path, budget, [entry(0, 6)])
+    before = path.read_bytes()
+    with pytest.raises(
+        ValueError, match=r"^scope 'silo 0' would spend epsilon .* delta 0\.0001: .* is left$"
+    ) as caught:
+        charge(path, budget, [entry(6, 2)])
+    assert "\n" not in str(caught.value)
+    assert f"of {budget.epsilon:g}, of which {budget.epsilon - epsilon((STEP, 6)):.4g} is left" in str(caught.value)
+    with pytest.raises(ValueError, match=r"^scope 'silo 0'"):  # all or none
+        charge(path, budget, [entry(scope="silo 1"), entry(6, 2)])
+    assert path.read_bytes() == before
+    charge(path, budget, [entry(6, 1)])
+    assert spent(path, "silo 0", DELTA) <= budget.epsilon
+
+
+def test_the_same_steps_of_the_same_run_cost_once_and_of_another_run_again(path):
+    charge(path, AMPLE, [entry(0, 4)])
+    before = path.read_bytes()
+    for first, num in ((0, 4), (1, 2), (3, 1)):
+        charge(path, AMPLE, [entry(first, num)])
+    assert path.read_bytes() == before
+    charge(path, AMPLE, [entry(2, 5)])
+    assert [(found.first_step, found.num_steps) for found in read(path)] == [(0, 4), (4, 3)]
+    charge(path, AMPLE, [entry(3, 4, run="run b")])  # goes on from a checkpoint under another name
+    assert spent(path, "silo 0", DELTA) == epsilon((STEP, 11))
+    with pytest.raises(ValueError, match=r"^first_step of 'gradient' of run 'run b'"):
+        charge(path, AMPLE, [entry(1, 6, run="run b")])  # what lies before its first step was never charged to it
+
+
+def test_a_run_whose_earlier_steps_are_missing_is_refused(path):
+    """As after a restart that found its checkpoint but not its ledger."""
+    with pytest.raises(ValueError, match=r"^first_step of 'gradient' .* is 5: must be in \[0, 0\]"):
+        charge(path, AMPLE, [entry(5, 5)])
+    charge(path, AMPLE, [entry(0, 5)])
+    with pytest.raises(ValueError, match=r"^first_step .* is 6: must be in \[0, 5\]"):
+        charge(path, AMPLE, [entry(6, 1)])
+
+
+def test_steps_cannot_be_charged_again_on_better_terms(path):
+    charge(path, AMPLE, [entry(0, 4)])
+    dear = STEP._replace(noise_multiplier=0.5)
+    with pytest.raises(ValueError, match=r"^event of 'gradient' of run 'run a' is "):
+        charge(path, AMPLE, [entry(2, 4, event=dear)])
+    charge(path, AMPLE, [entry(4, 2, event=dear)])  # later steps may be others
+    assert spent(path, "silo 0", DELTA) == epsilon((STEP, 4), (dear, 2))
+    with pytest.raises(ValueError, match=r"^relation of scope 'silo 0' is 'zero_out'"):
+        charge(path, AMPLE, [entry(relation="zero_out", run="run c")])
+
+
+def test_a_look_without_privacy_is_on_record_and_in_no_sum(path):
+    charge(path, AMPLE, [entry(num=2), entry(mechanism="tuning", event=None, num=3)])
+    assert spent(path, "silo 0", DELTA) == epsilon((STEP, 2))
+    (line,) = summary(path, DELTA)
+    assert (line.mechanisms, line.looks) == ((("gradient", 2),), (("tuning", 3),))
+    assert (line.unit, line.relation, line.epsilon) == ("record", "add_or_remove_one", epsilon((STEP, 2)))
+    text = to_text([line])
+    for told in ("silo 0", "record", "add_or_remove_one", "gradient x 2", "looks without privacy: tuning x 3"):
+        assert told in text
+    assert [json.loads(line)["private"] for line in path.read_text().splitlines()] == [True, False]
+
+
+def test_batches_of_a_fixed_size_are_composed_by_renyi_divergences(path):
+    fixed = Event("gaussian", 4.0, "fixed_size", 0.1)
+    charge(path, AMPLE, [entry(num=3, event=fixed, relation="replace_one")])
+    assert spent(path, "silo 0", DELTA) == epsilon((fixed, 3), relation="replace_one", accountant="rdp")
+
+
+def test_two_runs_of_shuffled_epochs_do_not_share_one(path):
+    """Batches of a fourth: one step of each run, and a record may be in both."""
+    shuffled = Event("gaussian", 4.0, "shuffle", 0.25)
+    for run in ("run a", "run b"):
+        charge(path, AMPLE, [entry(0, 1, shuffled, run=run, relation="zero_out")])
+    plain = epsilon((Event("gaussian", 4.0), 2), relation="zero_out")
+    assert spent(path, "silo 0", DELTA) == pytest.approx(plain, rel=1e-6)
+    for step in (1, 2, 3):  # the rest of the epoch: other records' turn
+        charge(path, AMPLE, [entry(step, 1, shuffled, relation="zero_out")])
+    assert spent(path, "silo 0", DELTA) == pytest.approx(plain, rel=1e-6)
+    charge(path, AMPLE, [entry(4, 1, shuffled, relation="zero_out")])
+    assert spent(path, "silo 0", DELTA) == pytest.approx(epsilon((Event("gaussian", 4.0), 3)), rel=1e-6)
+    # Two steps, but the last of one epoch and the first of the next: a record may be in both.
+    charge(path, AMPLE, [entry(3, 2, shuffled, run="run c", relation="zero_out")])
+    assert spent(path, "silo 0", DELTA) == pytest.approx(epsilon((Event("gaussian", 4.0), 5)), rel=1e-6)
+
+
+@settings(max_examples=40)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["a", "b"]), st.sampled_from(["x", "y"]), st.integers(0, 6), st.integers(1, 4)),
+        max_size=12,
+    )
+)
+def test_whatever_was_looked_at_is_in_the_ledger_once_and_for_each_run(tmp_path_factory, looks):
+    path = tmp_path_factory.mktemp("ledger") / "ledger.jsonl"
+    seen = set()
+    for run, mechanism, first, num in looks:
+        try:
+            charge(
+                path, AMPLE, [entry(first, num, COUNTS._replace(noise_multiplier=1e9), run=run, mechanism=mechanism)]
+            )
+        except ValueError:
+            continue
+        seen |= {(run, mechanism, step) for step in range(first, first + num)}
+    steps = [(found.run, found.mechanism, found.first_step + i) for found in read(path) for i in range(found.num_steps)]
+    assert sorted(steps) == sorted(seen)
+
+
+def test_a_torn_line_was_never_a_charge(path):
+    charge(path, AMPLE, [entry(0, 3)])
+    whole = path.read_bytes()
+    charge(path, AMPLE, [entry(3, 2)])
+    path.write_bytes(path.read_bytes()[:-1])
+    assert [found.num_steps for found in read(path)] == [3]
+    charge(path, AMPLE, [entry(3, 2)])
+    assert path.read_bytes().startswith(whole)
+    assert spent(path, "silo 0", DELTA) == epsilon((STEP, 5))
+
+
+def damaged(**changes):
+    record = json.loads(json.dumps(ledger._record(entry(3, 2))))
+    event = record["event"] | changes.pop("event", {}) if changes.get("event", {}) is not None else None
+    return json.dumps(record | {"event": event} | changes)
+
+
+DAMAGE = [
+    "{broken",
+    "[]",
+    "null",
+    "",
+    json.dumps({"scope": "silo 0"}),
+    damaged(comment="mine"),
+    damaged(event={"kind": "none"}),
+    damaged(event={"noise_multiplier": -1.0}),
+    damaged(event={"noise_multiplier": None}),
+    damaged(event={"noise_multiplier": "4"}),
+    damaged(event={"colour": "red"}),
+    damaged(private=False),
+    damaged(event=None),
+    damaged(num_steps=0),
+    damaged(num_steps=1.5),
+    damaged(first_step=2),
+    damaged(first_step=0),
+    damaged(first_step=4),
+    damaged(first_step=-1),
+    damaged(unit="client"),
+    damaged(relation="zero_out"),
+    damaged(scope=""),
+]
+
+
+@pytest.mark.parametrize("line", DAMAGE)
+def test_a_damaged_line_is_one_clear_error_and_never_a_smaller_sum(path, line):
+    charge(path, AMPLE, [entry(0, 3)])
+    before = path.read_bytes() + line.encode() + b"\n"
+    path.write_bytes(before)
+    for use in (
+        lambda: read(path),
+        lambda: spent(path, "silo 0", DELTA),
+        lambda: spent(path, "silo 9", DELTA),
+        lambda: summary(path, DELTA),
+        lambda: charge(path, AMPLE, [entry(3, 2)]),
+    ):
+        with pytest.raises(ValueError, match=r"^line 2 of .*ledger\.jsonl ") as caught:
+            use()
+        assert "\n" not in str(caught.value)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("bad", "named"),
+    [
+        (entry(scope=""), "scope"),
+        (entry(mechanism=""), "mechanism"),
+        (entry(run=""), "run"),
+        (entry()._replace(unit="patient"), "unit"),
+        (entry(relation="swap"), "relation"),
+        (entry(first=-1), "first_step"),
+        (entry(num=0), "num_steps"),
+        (entry(event=STEP._replace(kind="uniform")), "kind"),
+        (entry(event=STEP._replace(sampling="cyclic")), "sampling"),
+        (entry(event=COUNTS._replace(sampling="poisson")), "sampling"),
+        (entry(event=STEP._replace(sampling_rate=0.0)), "sampling_rate"),
+        (entry(event=Event("gaussian", 1.0, "none", 0.1)), "sampling_rate"),
+        (entry(event=STEP._replace(truncation_probability=1.0)), "truncation_probability"),
+    ],
+)
+def test_a_bad_entry_is_named(path, bad, named):
+    with pytest.raises(ValueError, match=f"^{named} is "):
+        charge(path, AMPLE, [bad])
+    for budget in (Budget(0.0, DELTA), Budget(1.0, 0.0), Budget(float("nan"), DELTA)):
+        with pytest.raises(ValueError, match=r"^budget\."):
+            charge(path, budget, [entry()])
+    assert not path.exists()
+
+
+def test_threads_that_charge_at_once_lose_nothing_and_share_one_budget(path):
+    """Ten runs want two steps each; the budget holds eight."""
+    budget, refused = Budget(epsilon((STEP, 8)) * 1.0001, DELTA), []
+
+    def work(name):
+        for step in (0, 1):
+            try:
+                charge(path, budget, [entry(step, run=name)])
+            except ValueError:
+                refused.append(name)
+                return
+
+    workers = [threading.Thread(target=work, args=(f"run {i}",)) for i in range(10)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert sum(found.num_steps for found in read(path)) == 8
+    assert len(refused) >= 6
+    assert spent(path, "silo 0", DELTA) <= budget.epsilon
+
+
+WORKER = """
+import sys
+from fedrobust.privacy import Event
+from fedrobust.privacy.ledger import Budget, Entry, charge
+path, run = sys.argv[1:]
+event = Event("laplace", 1e6)
+for step in range(10**6):
+    charge(path, Budget(1.0, 1e-4), [Entry("silo", "record", "zero_out", "gradient", run, step, 1, event)])
+    print(step, flush=True)  # the look
+"""
+
+
+def test_a_ledger_killed_at_any_moment_holds_every_step_that_was_looked_at(path):
+    looked = {}
+    for kill, run in itertools.product(range(2), ("a", "b")):
+        name = f"{run}{kill}"
+        worker = subprocess.Popen(
+            [sys.executable, "-c", WORKER, str(path), name], stdout=subprocess.PIPE, text=True, cwd=ROOT
+        )
+        for _ in range(3):
+            worker.stdout.readline()
+        time.sleep(0.02 * kill + (0.007 if run == "b" else 0))
+        worker.send_signal(signal.SIGKILL)
+        looked[name] = 3 + len(worker.stdout.read().splitlines())
+        worker.wait()
+        worker.stdout.close()
+    for name, seen in looked.items():
+        written = sum(found.num_steps for found in read(path) if found.run == name)
+        assert seen <= written <= seen + 1
