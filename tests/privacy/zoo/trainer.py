@@ -17,7 +17,7 @@ from fedrobust.types import Aggregator, Batch, Dataset
 NUM_SILOS, NUM_RECORDS, NUM_CLASSES, HIDDEN = 4, 40, 3, 600
 SAMPLING_RATE, LOCAL_STEPS, NUM_ROUNDS = 0.25, 2, 6
 CLIP_NORM, EPSILON, DELTA, HISTOGRAM_EPSILON = 0.5, 6.0, 1e-3, 0.5
-CLIENT_CLIP_NORM, NUM_CLIENTS = 0.8, 8
+CLIENT_CLIP_NORM, NUM_CLIENTS, COUNT_NOISE = 0.8, 8, 0.7
 
 
 def apply(params: Any, image: jax.Array) -> jax.Array:
@@ -76,10 +76,13 @@ def plan() -> privacy.Plan:
     """Every silo's budget, over all steps of all rounds."""
     return privacy.make_plan(
         unit="record",
+        relation="add_or_remove_one",
+        sampling="poisson",
         epsilon=EPSILON,
         delta=DELTA,
         sampling_rate=SAMPLING_RATE,
         num_steps=NUM_ROUNDS * LOCAL_STEPS,
+        num_units=NUM_RECORDS,
         histogram_epsilon=HISTOGRAM_EPSILON,
     )
 
@@ -91,25 +94,31 @@ def clipped() -> privacy.ClippedGrad:
 
 
 @functools.cache
+def clipped_by(method: str, microbatch_size: int | None, groups: Any = None) -> privacy.ClippedGrad:
+    """The same sum, computed or grouped in another way."""
+    return privacy.clipped_grad(
+        make_loss(), clip_norm=CLIP_NORM, method=method, microbatch_size=microbatch_size, groups=groups
+    )
+
+
+@functools.cache
+def share_of_grad() -> Any:
+    """One step's gradient with a silo's share of the noise."""
+    return privacy.private_grad(clipped(), plan(), num_records=NUM_RECORDS, num_shares=NUM_SILOS)
+
+
+@functools.cache
 def grad() -> Any:
     """One step's released gradient."""
     return privacy.private_grad(clipped(), plan(), num_records=NUM_RECORDS)
 
 
-def cohort_settings() -> data.CohortSettings:
-    """Every silo in every round, sampled as planned."""
-    return data.CohortSettings(
-        num_steps=LOCAL_STEPS,
-        client_sampling="all",
-        batch_sampling="poisson",
-        batch_rate=plan().sampling_rate,
-        weighting="equal",
-    )
-
-
 def cohorts(seed: int) -> Any:
-    """The batches of every round."""
-    return data.make_cohorts(rows(records(0)), parts(), cohort_settings(), seed=seed)
+    """The batches of every round: every silo in every round, sampled as planned."""
+    settings = data.CohortSettings(
+        num_steps=LOCAL_STEPS, client_sampling="all", batch_sampling="sampler", weighting="equal"
+    )
+    return data.make_cohorts(rows(records(0)), parts(), settings, seed=seed, batch_sampler=plan().sampler)
 
 
 def showing(rule: Aggregator) -> Aggregator:
@@ -137,7 +146,15 @@ def label_weight(seed: int, counts: np.ndarray) -> np.ndarray:
 @functools.cache
 def client_plan() -> privacy.Plan:
     """One whole client is the unit."""
-    return privacy.make_plan(unit="client", epsilon=EPSILON, delta=DELTA, sampling_rate=0.5, num_steps=NUM_ROUNDS)
+    return privacy.make_plan(
+        unit="client",
+        relation="add_or_remove_one",
+        sampling="poisson",
+        epsilon=EPSILON,
+        delta=DELTA,
+        sampling_rate=0.5,
+        num_steps=NUM_ROUNDS,
+    )
 
 
 @functools.cache
@@ -180,18 +197,18 @@ def grad_of_a_random_sum() -> Any:
     return privacy.private_grad(privacy.ClippedGrad(draw, CLIP_NORM), plan(), num_records=NUM_RECORDS)
 
 
-@functools.cache
-def plan_of_a_tight_capacity(truncation_probability: float) -> privacy.Plan:
-    """The same plan where batches may overflow."""
-    return privacy.make_plan(
-        unit="record",
-        epsilon=EPSILON,
-        delta=DELTA,
-        sampling_rate=SAMPLING_RATE,
-        num_steps=NUM_ROUNDS * LOCAL_STEPS,
-        histogram_epsilon=HISTOGRAM_EPSILON,
-        truncation_probability=truncation_probability,
-    )
+def plan_with(**changes: Any) -> privacy.Plan:
+    """The costs of the plan's noise with something changed."""
+    settings = {
+        "unit": "record",
+        "relation": "add_or_remove_one",
+        "sampling": "poisson",
+        "delta": DELTA,
+        "sampling_rate": SAMPLING_RATE,
+        "num_steps": NUM_ROUNDS * LOCAL_STEPS,
+        "noise_multiplier": 1.0,
+    }
+    return privacy.make_plan(**settings | changes)
 
 
 def require_isolated(params: Any, dataset: Dataset) -> None:
