@@ -32,8 +32,8 @@ class Batch(NamedTuple):
     """One padded batch of one client.
 
     Attributes:
-        image: [B,H,W,C] float32 in [0, 1].
-        label: [B] int32 in [0, L).
+        image: [B,H,W,C] float32 in [0, 1]; for losses that take something else, any pytree of arrays [B,...].
+        label: [B] int32 in [0, L); likewise.
         mask: [B] bool; False marks padding, whose image and label may hold anything, NaN included.
     """
 

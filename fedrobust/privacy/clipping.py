@@ -144,8 +144,10 @@ def clipped_grad(
     if not isinstance(clip_norm, jax.Array):
         check.positive("clip_norm", clip_norm)
     check.one_of("method", method, METHODS)
-    if microbatch_size is not None or method == "norms_first":
+    if microbatch_size is not None:
         check.at_least("microbatch_size", microbatch_size, 1)
+    needed = method == "norms_first" and microbatch_size is None
+    check.require(not needed, "microbatch_size", microbatch_size, f"a whole number >= 1 for method {method!r}")
     check.require(groups is None or method == "per_example", "groups", groups, f"None for method {method!r}")
     clipped_sum = _choose(trace.fast_convolutions(loss), method, microbatch_size, groups)
 
@@ -185,4 +187,5 @@ def blank_padding(batch: Batch, weight: jax.Array) -> tuple[Batch, jax.Array]:
         x = jnp.asarray(x)
         return jnp.where(mask.reshape(mask.shape + (1,) * (x.ndim - 1)), x, jnp.zeros((), x.dtype))
 
-    return Batch(*jax.tree.map(blank, (batch.image, batch.label)), mask), blank(weight)
+    image, label = jax.tree.map(blank, (batch.image, batch.label))
+    return Batch(image, label, mask), blank(weight)

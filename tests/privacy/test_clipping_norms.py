@@ -114,7 +114,7 @@ def embedding_net(draw):
     return apply, {"table": (words, width), "c": (width, 3)}, (length, words)
 
 
-NUM_ARCHITECTURES = {conv_net: 24, dense_net: 6, shared_net: 6, scanned_net: 8, embedding_net: 8}
+NUM_ARCHITECTURES = {conv_net: 18, dense_net: 8, shared_net: 8, scanned_net: 9, embedding_net: 9}
 assert sum(NUM_ARCHITECTURES.values()) * NUM_DRAWS >= 300
 
 
