@@ -4,6 +4,7 @@ from fedrobust.privacy import ledger
 from fedrobust.privacy.accounting import ACCOUNTANTS, SAMPLINGS, Event, total_epsilon
 from fedrobust.privacy.clipping import RELATIONS, ClipInfo, ClippedGrad, blank_padding, clip, clipped_grad
 from fedrobust.privacy.histogram import private_class_weight
+from fedrobust.privacy.matrix import correlated_mean, correlated_noise, toeplitz
 from fedrobust.privacy.noise import add_gaussian, private_grad, private_mean
 from fedrobust.privacy.plan import (
     UNITS,
@@ -28,6 +29,8 @@ __all__ = [
     "blank_padding",
     "clip",
     "clipped_grad",
+    "correlated_mean",
+    "correlated_noise",
     "distributed_multiplier",
     "epsilon_spent",
     "federation_epsilon",
@@ -37,5 +40,6 @@ __all__ = [
     "private_class_weight",
     "private_grad",
     "private_mean",
+    "toeplitz",
     "total_epsilon",
 ]
