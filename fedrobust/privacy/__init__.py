@@ -2,7 +2,7 @@
 
 from fedrobust.privacy import ledger
 from fedrobust.privacy.accounting import ACCOUNTANTS, SAMPLINGS, Event, total_epsilon
-from fedrobust.privacy.adaptive import AdaptiveClipNorm, adaptive_clip_norm, effective_noise_multiplier
+from fedrobust.privacy.adaptive import AdaptiveClipNorm, adaptive_clip_norm
 from fedrobust.privacy.clipping import (
     METHODS,
     RELATIONS,
@@ -17,6 +17,7 @@ from fedrobust.privacy.discrete import Words, discrete_gaussian
 from fedrobust.privacy.entropy import add_system_gaussian, system_words
 from fedrobust.privacy.histogram import private_class_weight
 from fedrobust.privacy.isolation import coupling, require_isolated
+from fedrobust.privacy.matrix import correlated_mean, correlated_noise, toeplitz
 from fedrobust.privacy.noise import Noise, add_gaussian, private_grad, private_mean
 from fedrobust.privacy.plan import (
     UNITS,
@@ -50,11 +51,12 @@ __all__ = [
     "by_layer",
     "clip",
     "clipped_grad",
+    "correlated_mean",
+    "correlated_noise",
     "coupling",
     "decode",
     "discrete_gaussian",
     "distributed_multiplier",
-    "effective_noise_multiplier",
     "encode",
     "epsilon_spent",
     "federation_epsilon",
@@ -68,5 +70,6 @@ __all__ = [
     "secure_sum_epsilon",
     "secure_sum_zcdp",
     "system_words",
+    "toeplitz",
     "total_epsilon",
 ]

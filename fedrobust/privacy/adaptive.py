@@ -1,6 +1,5 @@
 """A clip norm that follows a quantile of the gradients' norms, found privately."""
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -18,10 +17,12 @@ class AdaptiveClipNorm(NamedTuple):
     Attributes:
         init: `() -> clip_norm`, shape () float32.
         update: `(key, clip_norm, norm[B], mask[B]) -> clip_norm`: one private look at the norms.
+        count_noise_stddev: the noise of that look, which a plan has to account for.
     """
 
     init: Callable[[], jax.Array]
     update: Callable[[Key, jax.Array, jax.Array, jax.Array], jax.Array]
+    count_noise_stddev: float
 
 
 def adaptive_clip_norm(
@@ -37,7 +38,7 @@ def adaptive_clip_norm(
         quantile: the share wanted within C, in [0, 1].
         learning_rate: of the geometric step, > 0; the source takes 0.2.
         count_noise_stddev: sigma_b > 0, standard deviation of the noise on the count, in records (or clients). Small
-            noise costs privacy, see `effective_noise_multiplier`; the source takes expected_size / 20.
+            noise costs privacy, see `Plan.count_noise_stddev`; the source takes expected_size / 20.
         expected_size: expected number of records in a batch (or clients in a cohort), a public constant > 0, never
             the realised one.
 
@@ -68,7 +69,7 @@ def adaptive_clip_norm(
         share = 0.5 + (centred_count(clip_norm, norm, mask) + noise) / expected_size
         return jnp.clip(clip_norm * jnp.exp(-learning_rate * (share - quantile)), 1e-10, 1e10)
 
-    return AdaptiveClipNorm(init, update)
+    return AdaptiveClipNorm(init, update, count_noise_stddev)
 
 
 def centred_count(clip_norm: jax.Array, norm: jax.Array, mask: jax.Array) -> jax.Array:
@@ -85,31 +86,3 @@ def centred_count(clip_norm: jax.Array, norm: jax.Array, mask: jax.Array) -> jax
     chex.assert_rank([norm, mask], 1)
     return jnp.sum(jnp.where(mask, jnp.where(norm <= clip_norm, 0.5, -0.5), 0))
 
-
-def effective_noise_multiplier(noise_multiplier: float, count_noise_stddev: float) -> float:
-    """The noise multiplier of the one Gaussian mechanism that a noised sum and its noised count are together.
-
-        z_eff = (z^-2 + (2 sigma_b)^-2)^(-1/2)
-
-    Both are released about the same sample; scaled to unit noise each, they are one vector of sensitivity
-    (z^-2 + (2 sigma_b)^-2)^(1/2). For "add_or_remove_one" and "zero_out", where one record moves the count by 1/2.
-    With "replace_one" it moves the count by 1: give sigma_b / 2 there.
-
-    Args:
-        noise_multiplier: z > 0, noise on the sum over its sensitivity.
-        count_noise_stddev: sigma_b > 0, noise on the count whose sensitivity is 1/2.
-
-    Returns:
-        z_eff, smaller than either.
-
-    Raises:
-        ValueError: a setting out of range.
-
-    >>> round(effective_noise_multiplier(3.0, 2.0), 6)
-    2.4
-
-    Source: Andrew et al. 2021 (arXiv 1905.03871), Theorem 1.
-    """
-    check.positive("noise_multiplier", noise_multiplier)
-    check.positive("count_noise_stddev", count_noise_stddev)
-    return 1 / math.hypot(1 / noise_multiplier, 1 / (2 * count_noise_stddev))

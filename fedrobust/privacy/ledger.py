@@ -95,11 +95,11 @@ def charge(path: Path | str, budget: Budget, entries: Sequence[Entry]) -> None:
         _check(entry)
 
     def new(records: list[Any]) -> list[dict[str, Any]]:
-        held = _entries(path, records)
-        added: list[Entry] = []
+        book = _book(path, records)
+        num_held = len(book.entries)
         for entry in entries:
-            rest = _not_yet_charged([*held, *added], entry)
-            added += [] if rest is None else [rest]
+            _add(book, _not_yet_charged(book, entry))
+        held, added = book.entries[:num_held], book.entries[num_held:]
         for scope in dict.fromkeys(entry.scope for entry in added if entry.private):
             _require_within(budget, scope, held, added)
         return [_record(entry) for entry in added]
@@ -113,7 +113,7 @@ def read(path: Path | str) -> list[Entry]:
     Raises:
         ValueError: a line that is not JSON or no entry, or steps out of order: the sum would not be known.
     """
-    return _entries(path, jsonl.read(path))
+    return _book(path, jsonl.read(path)).entries
 
 
 def spent(path: Path | str, scope: str, delta: float) -> float:
@@ -207,10 +207,28 @@ def _require_within(budget: Budget, scope: str, held: Sequence[Entry], added: Se
         )
 
 
-def _not_yet_charged(held: Sequence[Entry], entry: Entry) -> Entry | None:
+class _Book(NamedTuple):
+    """Entries in order; the first of each scope; those of each (scope, mechanism). So that reading is linear."""
+
+    entries: list[Entry]
+    scopes: dict[str, Entry]
+    mechanisms: dict[tuple[str, str], list[Entry]]
+
+
+def _add(book: _Book, entry: Entry | None) -> None:
+    if entry is not None:
+        book.entries.append(entry)
+        book.scopes.setdefault(entry.scope, entry)
+        book.mechanisms.setdefault((entry.scope, entry.mechanism), []).append(entry)
+
+
+def _not_yet_charged(book: _Book, entry: Entry) -> Entry | None:
     """The steps of an entry that the ledger does not hold yet; None where it holds all."""
-    _require_one_kind(held, entry)
-    same = [other for other in held if (other.scope, other.mechanism) == (entry.scope, entry.mechanism)]
+    first = book.scopes.get(entry.scope, entry)
+    for name in ("unit", "relation"):
+        value, allowed = getattr(entry, name), getattr(first, name)
+        check.require(value == allowed, f"{name} of scope {entry.scope!r}", value, f"{allowed!r}, as before")
+    same = book.mechanisms.get((entry.scope, entry.mechanism), [])
     own = [other for other in same if other.run == entry.run]
     end = own[-1].first_step + own[-1].num_steps if own else entry.first_step
     low = own[0].first_step if own else 0
@@ -226,14 +244,6 @@ def _not_yet_charged(held: Sequence[Entry], entry: Entry) -> Entry | None:
 
 def _key(entry: Entry) -> tuple[str, str, str]:
     return entry.scope, entry.run, entry.mechanism
-
-
-def _require_one_kind(held: Sequence[Entry], entry: Entry) -> None:
-    for other in held:
-        if other.scope == entry.scope:
-            for name in ("unit", "relation"):
-                value, allowed = getattr(entry, name), getattr(other, name)
-                check.require(value == allowed, f"{name} of scope {entry.scope!r}", value, f"{allowed!r}, as before")
 
 
 def _check(entry: Entry) -> None:
@@ -253,18 +263,18 @@ def _record(entry: Entry) -> dict[str, Any]:
     return entry._asdict() | {"event": event, "private": entry.private}
 
 
-def _entries(path: Path | str, records: Sequence[Any]) -> list[Entry]:
-    """The entries of a file's lines; a line that does not fit ends it, for a sum without it would be too small."""
-    entries: list[Entry] = []
+def _book(path: Path | str, records: Sequence[Any]) -> _Book:
+    """What a file's lines say; a line that does not fit ends it, for a sum without it would be too small."""
+    book = _Book([], {}, {})
     for number, record in enumerate(records, start=1):
         try:
             entry = _entry(record)
-            if _not_yet_charged(entries, entry) != entry:
+            if _not_yet_charged(book, entry) != entry:
                 raise ValueError("its steps stand before")
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"line {number} of {path} does not fit into a ledger: {error}") from None
-        entries.append(entry)
-    return entries
+        _add(book, entry)
+    return book
 
 
 def _entry(record: Any) -> Entry:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from fedrobust import check, trees
+from fedrobust.privacy.adaptive import AdaptiveClipNorm
 from fedrobust.privacy.clipping import ClipInfo, ClippedGrad, clip
 from fedrobust.privacy.plan import Plan
 from fedrobust.types import Aggregator, Batch, GradFn, Key, Params
@@ -83,7 +84,9 @@ def private_grad(
     return grad
 
 
-def private_mean(plan: Plan, *, clip_norm: float, num_clients: float, noise: Noise = add_gaussian) -> Aggregator:
+def private_mean(
+    plan: Plan, *, clip_norm: float | AdaptiveClipNorm, num_clients: float, noise: Noise = add_gaussian
+) -> Aggregator:
     """Client-level DP-FedAvg: every client's update is clipped, the sum is noised once, at the server.
 
         (sum_k clip(update_k) + N(0, (plan.noise_multiplier * clip_norm)^2)) / (plan.sampling_rate * num_clients)
@@ -91,35 +94,44 @@ def private_mean(plan: Plan, *, clip_norm: float, num_clients: float, noise: Noi
     Args:
         plan: of unit "client" and relation "add_or_remove_one". Cohorts must be sampled as it says; each call is one
             of its steps.
-        clip_norm: L2 bound of one client's update, > 0.
+        clip_norm: L2 bound of one client's update, > 0; or how it is learned, whose count must have the plan's noise.
         num_clients: the population, a public constant > 0, never the realised size of a cohort.
-        noise: as in `private_grad`.
+        noise: as in `private_grad`; the count of a learned clip norm draws from the key.
 
     Returns:
-        An `Aggregator`. Client weights only say who is present (> 0): unequal weights would change the
-        sensitivity. Absent clients contribute exactly nothing, NaN or not.
+        An `Aggregator`; its state is the clip norm where that is learned. Client weights only say who is present (> 0):
+        unequal weights would change the sensitivity. Absent clients contribute exactly nothing, NaN or not.
 
     Raises:
-        ValueError: a setting that is not positive and finite, or a plan of another unit or relation.
+        ValueError: a setting that is not positive and finite, a plan of another unit or relation, or one that accounts
+            for another count.
 
-    Source: McMahan et al. 2018 (arXiv 1710.06963), Algorithm 1, with the fixed-denominator estimator.
+    Source: McMahan et al. 2018 (arXiv 1710.06963), Algorithm 1, with the fixed-denominator estimator; a learned clip
+        norm: Andrew et al. 2021 (arXiv 1905.03871), Algorithm 1.
     """
     check.one_of("plan.unit", plan.unit, ("client",))
     check.one_of("plan.relation", plan.relation, ("add_or_remove_one",))
     check.positive("plan.noise_multiplier", plan.noise_multiplier)
-    check.positive("clip_norm", clip_norm)
     check.positive("num_clients", num_clients)
+    learned = clip_norm if isinstance(clip_norm, AdaptiveClipNorm) else None
+    if not isinstance(clip_norm, AdaptiveClipNorm):
+        check.positive("clip_norm", clip_norm)
+    count = 0.0 if learned is None else learned.count_noise_stddev
+    check.require(plan.count_noise_stddev == count, "plan.count_noise_stddev", plan.count_noise_stddev, f"{count}")
     expected_num_clients = plan.sampling_rate * num_clients
 
-    def init(params: Params) -> tuple:
+    def init(params: Params) -> Any:
         del params
-        return ()
+        return () if learned is None else learned.init()
 
-    def apply(key: Key, state: tuple, updates: Params, weight: jax.Array) -> tuple[Params, tuple, Any]:
-        clipped, norm = jax.vmap(lambda update: clip(update, clip_norm))(updates)
+    def apply(key: Key, state: Any, updates: Params, weight: jax.Array) -> tuple[Params, Any, Any]:
+        bound = clip_norm if learned is None else state
+        clipped, norm = jax.vmap(lambda update: clip(update, bound))(updates)
         present = weight > 0
         total = trees.weighted_sum(present.astype(jnp.float32), clipped)
-        noisy = noise(key, total, plan.noise_multiplier * clip_norm)
+        noisy = noise(key, total, plan.noise_multiplier * bound)
+        if learned is not None:
+            state = learned.update(jax.random.fold_in(key, 1), bound, norm, present)
         return trees.scale(noisy, 1 / expected_num_clients), state, jnp.where(present, norm, 0)
 
     return Aggregator(init, apply)
