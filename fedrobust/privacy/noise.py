@@ -129,9 +129,10 @@ def private_mean(
         clipped, norm = jax.vmap(lambda update: clip(update, bound))(updates)
         present = weight > 0
         total = trees.weighted_sum(present.astype(jnp.float32), clipped)
-        noisy = noise(key, total, plan.noise_multiplier * bound)
         if learned is not None:
-            state = learned.update(jax.random.fold_in(key, 1), bound, norm, present)
+            key, of_count = jax.random.split(key)
+            state = learned.update(of_count, bound, norm, present)
+        noisy = noise(key, total, plan.noise_multiplier * bound)
         return trees.scale(noisy, 1 / expected_num_clients), state, jnp.where(present, norm, 0)
 
     return Aggregator(init, apply)

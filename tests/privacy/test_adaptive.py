@@ -2,13 +2,14 @@
 
 import functools
 import math
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedrobust.privacy import adaptive_clip_norm, clipped_grad, effective_noise_multiplier
+from fedrobust.privacy import adaptive_clip_norm, clipped_grad, make_plan, private_mean
 from fedrobust.privacy.adaptive import centred_count
 from fedrobust.types import Batch
 
@@ -61,7 +62,7 @@ def test_the_noise_has_the_stated_deviation():
 def test_it_converges_to_the_quantile(quantile, initial):
     """Log-normal norms: the quantile is exp(Phi^-1(q)). 200 records, Poisson-like masks, noise 5 on the count."""
     settings = SETTINGS | {"initial": initial, "quantile": quantile, "expected_size": 160.0}
-    init, update = adaptive_clip_norm(**settings)
+    init, update, _ = adaptive_clip_norm(**settings)
 
     def step(clip_norm, key):
         of_norm, of_mask, of_update = jax.random.split(key, 3)
@@ -98,12 +99,28 @@ def test_it_drives_the_clip_inside_one_compiled_step():
     assert step._cache_size() == 1
 
 
-def test_the_joint_noise_multiplier_equals_two_mechanisms_in_one():
-    """The privacy loss of both is normal with variance (1 / z)^2 + (1/2 / sigma_b)^2."""
-    for z, stddev in ((1.0, 5.0), (0.7, 0.7), (3.0, 100.0)):
-        joint = effective_noise_multiplier(z, stddev)
-        np.testing.assert_allclose(joint**-2, z**-2 + (0.5 / stddev) ** 2, rtol=1e-12)
-        assert joint < min(z, 2 * stddev)
+def test_a_private_mean_learns_its_clip_norm_and_asks_for_a_plan_that_pays_for_it():
+    """Updates of norm 1, 2, 3, 4; half of them stay within what is learned, and nothing leaves the ball of then."""
+    settings = {"relation": "add_or_remove_one", "sampling": "poisson", "sampling_rate": 0.5, "num_steps": 10}
+    made = make_plan(unit="client", delta=1e-3, noise_multiplier=1.0, **settings)
+    without = replace(made, noise_multiplier=1e-3)  # hardly any noise, to see what it hides
+    plan = replace(without, count_noise_stddev=0.01)
+    rule = adaptive_clip_norm(
+        **SETTINGS | {"initial": 8.0, "quantile": 0.6, "expected_size": 4, "count_noise_stddev": 0.01}
+    )
+    mean = private_mean(plan, clip_norm=rule, num_clients=8)
+    updates = {"a": jnp.eye(4) * jnp.arange(1.0, 5)}
+    state, apply = mean.init(updates), jax.jit(mean.apply)
+    assert state == 8
+    for key in jax.random.split(KEY, 150):
+        bound = state
+        update, state, norm = apply(key, state, updates, jnp.ones(4))
+    assert 1.9 < state < 3.1
+    assert norm.tolist() == [1, 2, 3, 4]
+    np.testing.assert_allclose(4 * update["a"], np.minimum([1, 2, 3, 4], bound), atol=0.05)
+    for other, clip_norm in ((without, rule), (plan, 1.0)):
+        with pytest.raises(ValueError, match=r"^plan\.count_noise_stddev is "):
+            private_mean(other, clip_norm=clip_norm, num_clients=8)
 
 
 @pytest.mark.parametrize(
@@ -117,9 +134,3 @@ def test_the_joint_noise_multiplier_equals_two_mechanisms_in_one():
 def test_a_bad_setting_is_named(name, value):
     with pytest.raises(ValueError, match=f"^{name} is "):
         adaptive_clip_norm(**SETTINGS | {name: value})
-
-
-@pytest.mark.parametrize(("z", "stddev", "name"), [(0, 1, "noise_multiplier"), (1, -1, "count_noise_stddev")])
-def test_bad_noise_is_named(z, stddev, name):
-    with pytest.raises(ValueError, match=f"^{name} is "):
-        effective_noise_multiplier(z, stddev)
