@@ -1,5 +1,6 @@
 """What releases cost together: events in plain numbers, composed by dp-accounting."""
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -8,7 +9,7 @@ from typing import NamedTuple
 import dp_accounting
 from dp_accounting import pld, rdp
 
-from fedrobust import check, threads
+from fedrobust import check
 from fedrobust.privacy.clipping import RELATIONS
 
 ACCOUNTANTS = ("pld", "rdp")
@@ -112,7 +113,9 @@ def total_epsilon(releases: Releases, *, relation: str, delta: float, accountant
     return _total_epsilon(tuple(sorted([*kept, *counts.items()])), relation, delta, accountant, grid)
 
 
-@threads.cached(maxsize=64)  # seconds each, and silos that do the same, their plan and their ledger ask for the same
+# Seconds each, and silos that do the same, their plan and their ledger ask for the same. Not `threads.cached`: whoever
+# charges holds the ledger's lock, and must not wait there for a thread that compiles.
+@functools.lru_cache(maxsize=64)
 def _total_epsilon(
     releases: tuple[tuple[Event, int], ...], relation: str, delta: float, accountant: str, grid: float
 ) -> float:

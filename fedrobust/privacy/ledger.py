@@ -2,7 +2,9 @@
 
 The file is JSON lines, one `Entry` each, only ever added to. A scope is a group of people whose privacy is one account:
 the records of one silo, or the clients of a federation. Within a scope everything composes, over runs and mechanisms;
-over disjoint silos the maximum counts.
+over disjoint silos the maximum counts. Where a round protects both levels, each silo noising its records' gradients and
+the server the clipped updates, it is charged to both: the silos' scopes and the federation's, two guarantees told side
+by side and never added, since they hide different things.
 
 A caller charges, then looks. So a kill may leave a look charged that never happened (at most one block of steps), and
 never the reverse. Done again after a restart, the same steps of the same run release the same bits and cost nothing
