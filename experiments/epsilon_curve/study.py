@@ -1,5 +1,6 @@
 """The points of the curve, two at a time, resumable, and what they leave behind."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -73,7 +74,10 @@ def run(curve: Curve, console: Console) -> Path:
                 reporting.append(out / "rows.jsonl", row, fields=reporting.POINT_FIELDS)
                 shutil.rmtree(out / "work" / point.name)  # only now that the row is safe
                 display.advance()
-    shutil.rmtree(out / "work", ignore_errors=True)
+    for point in done:  # killed before its checkpoints were gone
+        shutil.rmtree(out / "work" / point.name, ignore_errors=True)
+    with contextlib.suppress(OSError):  # it may hold the checkpoints of points that were not asked for this time
+        (out / "work").rmdir()
     report(out, console)
     return out
 

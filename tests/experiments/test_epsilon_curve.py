@@ -79,7 +79,11 @@ def test_a_curve_killed_and_resumed_leaves_what_an_unbroken_one_leaves(watched, 
     for folder in (whole, broken):
         assert {str(path.relative_to(folder / "out")) for path in (folder / "out").rglob("*")} == FILES
     check_rows(rows)
-    assert watched(broken) == []  # all done: nothing is trained, only reported again
+    (whole / "out" / "work" / "silo-epsilon8-seed0").mkdir(
+        parents=True
+    )  # a kill between the row and the end of its work
+    assert watched(whole) == []  # all done: nothing is trained, only reported again
+    assert {path.name for path in (whole / "out").rglob("*")} == FILES
 
 
 def check_rows(rows):
