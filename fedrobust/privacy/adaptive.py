@@ -85,4 +85,3 @@ def centred_count(clip_norm: jax.Array, norm: jax.Array, mask: jax.Array) -> jax
     """
     chex.assert_rank([norm, mask], 1)
     return jnp.sum(jnp.where(mask, jnp.where(norm <= clip_norm, 0.5, -0.5), 0))
-

@@ -1,5 +1,6 @@
 """Whether a loss ties records together, measured: no bound on one record's contribution holds where it does."""
 
+import functools
 from typing import Any
 
 import jax
@@ -49,27 +50,33 @@ def coupling(loss: Loss, key: Key, params: Params, image: Any, label: Any) -> ja
     rng = np.random.default_rng(np.asarray(jax.random.key_data(of_direction)))
     direction = [(rng.normal(size=x.shape) / max(1, x.size) ** 0.5).astype(x.dtype) for x in leaves]
 
-    def seen(replaced: jax.Array, params: Params) -> jax.Array:
-        """[2,B]: losses, and their derivatives along the direction, with one record replaced; none for -1."""
-
-        def row(x: jax.Array, y: jax.Array) -> jax.Array:
-            return jnp.where((jnp.arange(size) == replaced).reshape(-1, *(1,) * (x.ndim - 1)), y, x)
-
-        image, label = jax.tree.map(row, records, following)
-        value, pull_back = jax.vjp(lambda p: loss(of_loss, p, image, label), params)
-
-        def slope(one: jax.Array) -> jax.Array:
-            (gradient,) = pull_back(one)
-            pairs = zip(jax.tree.leaves(gradient), direction, strict=True)
-            return sum((jnp.sum(g * d) for g, d in pairs), jnp.float32(0))
-
-        return jnp.stack([value, jax.lax.map(slope, jnp.eye(size, dtype=value.dtype))])
-
     # One program of one shape, called in a loop: its roundings do not depend on the other records.
-    compiled = jax.jit(seen)
-    before, *after = [compiled(jnp.asarray(j), params) for j in range(-1, size)]
+    before, *after = [
+        _seen(loss, of_loss, params, records, following, direction, jnp.asarray(j)) for j in range(-1, size)
+    ]
     change = jnp.abs(jnp.stack(after) - before) / (1 + jnp.abs(before))
     return jnp.max(change, axis=1).T
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _seen(
+    loss: Loss, key: Key, params: Params, records: Any, following: Any, direction: list[jax.Array], replaced: jax.Array
+) -> jax.Array:
+    """[2,B]: losses, and their derivatives along the direction, with one record replaced; none for -1."""
+    size = jax.tree.leaves(records)[0].shape[0]
+
+    def row(x: jax.Array, y: jax.Array) -> jax.Array:
+        return jnp.where((jnp.arange(size) == replaced).reshape(-1, *(1,) * (x.ndim - 1)), y, x)
+
+    image, label = jax.tree.map(row, records, following)
+    value, pull_back = jax.vjp(lambda p: loss(key, p, image, label), params)
+
+    def slope(one: jax.Array) -> jax.Array:
+        (gradient,) = pull_back(one)
+        pairs = zip(jax.tree.leaves(gradient), direction, strict=True)
+        return sum((jnp.sum(g * d) for g, d in pairs), jnp.float32(0))
+
+    return jnp.stack([value, jax.lax.map(slope, jnp.eye(size, dtype=value.dtype))])
 
 
 def require_isolated(loss: Loss, key: Key, params: Params, image: Any, label: Any) -> None:
@@ -102,13 +109,17 @@ def require_isolated(loss: Loss, key: Key, params: Params, image: Any, label: An
     _require_same_alone(loss, key, params, image, label)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _compiled(loss: Loss, *args: Any) -> jax.Array:
+    return loss(*args)
+
+
 def _require_same_alone(loss: Loss, key: Key, params: Params, image: Any, label: Any) -> None:
-    loss = jax.jit(loss)
-    together = np.asarray(loss(key, params, image, label))
-    if not np.array_equal(together, loss(jax.random.fold_in(key, 1), params, image, label)):
+    together = np.asarray(_compiled(loss, key, params, image, label))
+    if not np.array_equal(together, _compiled(loss, jax.random.fold_in(key, 1), params, image, label)):
         return  # a record alone would draw other numbers
     rows = [jax.tree.map(lambda x, i=i: x[i : i + 1], (image, label)) for i in range(len(together))]
-    alone = np.array([loss(key, params, *row)[0] for row in rows])
+    alone = np.array([_compiled(loss, key, params, *row)[0] for row in rows])
     gap = np.abs(alone - together) / (1 + np.abs(together))
     i = int(np.argmax(gap))
     if gap[i] > _ROUNDING_ALONE:

@@ -46,6 +46,7 @@ def views(key: jax.Array, image: jax.Array) -> jax.Array:
     return jnp.stack([image, image[:, :, ::-1]], axis=1)
 
 
+@functools.cache
 def make_loss() -> Any:
     """Cross-entropy of adversarial samples of two views."""
     loss = defenses.adversarial_loss(losses.cross_entropy(apply), apply, attack, clean_share=0.3)
