@@ -1,5 +1,13 @@
 """Differential privacy: clipping, noise, plans. What leaves this room knows its sensitivity or its cost."""
 
+from fedrobust.privacy.auditing import (
+    Scores,
+    epsilon_clopper_pearson,
+    epsilon_gaussian,
+    epsilon_one_run,
+    one_run_p_value,
+    one_step_scores,
+)
 from fedrobust.privacy.clipping import RELATIONS, ClipInfo, ClippedGrad, blank_padding, clip, clipped_grad
 from fedrobust.privacy.discrete import Words, discrete_gaussian
 from fedrobust.privacy.entropy import add_system_gaussian, system_words
@@ -15,6 +23,7 @@ __all__ = [
     "ClippedGrad",
     "Noise",
     "Plan",
+    "Scores",
     "SecureSum",
     "Words",
     "add_gaussian",
@@ -25,8 +34,13 @@ __all__ = [
     "decode",
     "discrete_gaussian",
     "encode",
+    "epsilon_clopper_pearson",
+    "epsilon_gaussian",
+    "epsilon_one_run",
     "epsilon_spent",
     "make_plan",
+    "one_run_p_value",
+    "one_step_scores",
     "private_class_weight",
     "private_grad",
     "private_mean",
