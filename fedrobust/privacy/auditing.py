@@ -45,7 +45,7 @@ def one_step_scores(
         params: of the model.
         without: [B] a batch, the canary's place padding.
         canary: the same batch with the canary in its place.
-        num_trials: N >= 5 with and as many without.
+        num_trials: N >= 10 with and as many without.
         chunk_size: trials at a time; memory is O(chunk_size * D).
 
     Returns:
@@ -56,7 +56,7 @@ def one_step_scores(
 
     Source: Nasr et al. 2023 (arXiv 2302.07956), the white-box attack with Dirac-like canaries.
     """
-    check.at_least("num_trials", num_trials, 5)
+    check.at_least("num_trials", num_trials, 10)
     check.at_least("chunk_size", chunk_size, 1)
 
     @jax.jit
@@ -82,10 +82,10 @@ def epsilon_clopper_pearson(scores: Scores, *, delta: float, confidence: float) 
 
         epsilon >= max(log((1 - fnr - delta) / fpr), log((1 - fpr - delta) / fnr)), rates at their upper bounds
 
-    The threshold is the best on the first fifth of the scores; its rates are counted on the rest.
+    The threshold is the best on the first tenth of the scores; its rates are counted on the rest.
 
     Args:
-        scores: at least 5 of each kind, independent.
+        scores: at least 10 of each kind, independent.
         delta: in [0, 1).
         confidence: in (0, 1).
 
@@ -99,24 +99,29 @@ def epsilon_clopper_pearson(scores: Scores, *, delta: float, confidence: float) 
     """
     check.fraction("delta", delta, one=False)
 
-    def epsilon(fpr: np.ndarray, fnr: np.ndarray) -> np.ndarray:
+    def epsilon(errors: _Errors) -> np.ndarray:
+        level = (1 + confidence) / 2  # two bounds, each at half of the significance
+        fpr = _upper(errors.false_positives, errors.num_outside, level)
+        fnr = _upper(errors.false_negatives, errors.num_inside, level)
         odds = np.maximum((1 - fnr - delta) / fpr, (1 - fpr - delta) / fnr)
         return np.log(np.maximum(odds, 1e-300))  # below 0 too: the best of weak thresholds is still the best
 
-    return _held_out(scores, epsilon, confidence)
+    check.fraction("confidence", confidence, zero=False, one=False)
+    return _held_out(scores, epsilon)
 
 
 def epsilon_gaussian(scores: Scores, *, delta: float, confidence: float) -> float:
     """Epsilon of a mechanism that claims to be Gaussian, from few trials.
 
-        mu >= Phi^-1(1 - fpr) - Phi^-1(fnr), rates at their upper bounds, and then epsilon(mu, delta)
+        mu >= 2 Phi^-1(1 - (fpr + fnr) / 2), the mean of both rates at its upper bound, and then epsilon(mu, delta)
 
-    Any threshold tells mu, also one where errors are common and so well estimated. The price: it refutes the claim "as
-    private as N(0, 1) against N(mu, 1)", the one that is made for a Gaussian sum, and not (epsilon, delta) for all
-    mechanisms.
+    No test between N(0, 1) and N(mu, 1) errs less than 2 Phi(-mu / 2) in sum, so a threshold where errors are common,
+    and so well counted, tells mu. The price: this refutes the claim "as hard to tell apart as N(0, 1) and N(mu, 1)",
+    the one that is made for a Gaussian sum, and not (epsilon, delta) for all mechanisms.
 
     Args:
-        scores: as in `epsilon_clopper_pearson`, which also tells how the threshold is chosen.
+        scores: as in `epsilon_clopper_pearson`, which also tells how the threshold is chosen; as many of one kind as
+            of the other.
         delta: in (0, 1).
         confidence: in (0, 1).
 
@@ -124,15 +129,25 @@ def epsilon_gaussian(scores: Scores, *, delta: float, confidence: float) -> floa
         Epsilon >= 0 of the largest mu that is refuted.
 
     Raises:
-        ValueError: as `epsilon_clopper_pearson`.
+        ValueError: as `epsilon_clopper_pearson`; another number of scores inside than outside.
 
-    Source: Dong, Roth, Su 2019 (arXiv 1905.02383), equation 6 and Corollary 2.13; Nasr et al. 2023 (arXiv 2302.07956).
+    Source: Dong, Roth, Su 2019 (arXiv 1905.02383), Definition 6 and Corollary 2.13; Nasr et al. 2023 (arXiv
+        2302.07956). The errors of both kinds together are no binomial but have lighter tails than the one of their
+        mean rate (Hoeffding 1956), so that its Clopper-Pearson bound holds.
     """
     from scipy.stats import norm  # takes half a second to import
 
     check.fraction("delta", delta, zero=False, one=False)
-    mu = _held_out(scores, lambda fpr, fnr: norm.isf(fpr) - norm.ppf(fnr), confidence)
-    return dp_accounting.get_epsilon_gaussian(1 / mu, delta) if mu > 0 else 0.0
+    check.fraction("confidence", confidence, zero=False, one=False)
+    equal = len(scores.inside) == len(scores.outside)
+    check.require(equal, "outside", np.shape(scores.outside), "as many scores as inside")
+
+    def mu(errors: _Errors) -> np.ndarray:
+        both = errors.false_positives + errors.false_negatives
+        return 2 * norm.isf(_upper(both, errors.num_inside + errors.num_outside, confidence))
+
+    largest = _held_out(scores, mu)
+    return dp_accounting.get_epsilon_gaussian(1 / largest, delta) if largest > 0 else 0.0
 
 
 def epsilon_one_run(
@@ -204,42 +219,41 @@ def one_run_p_value(num_canaries: int, num_guesses: int, num_correct: int, *, ep
     return min(1.0, tail + 2 * num_canaries * delta * float(np.max(below / i, initial=0)))
 
 
-def _held_out(scores: Scores, bound: Callable[[np.ndarray, np.ndarray], np.ndarray], confidence: float) -> float:
-    """The bound, >= 0, at the threshold that is best on a first part, from rates counted on the rest.
+class _Errors(NamedTuple):
+    """Errors of every threshold, at or above which a score is taken for inside. [T] int, and the totals."""
 
-    Args:
-        bound: `(fpr, fnr) -> bound`, falling in both.
-    """
-    check.fraction("confidence", confidence, zero=False, one=False)
+    false_positives: np.ndarray
+    num_outside: int
+    false_negatives: np.ndarray
+    num_inside: int
+
+
+def _errors(inside: np.ndarray, outside: np.ndarray, thresholds: np.ndarray) -> _Errors:
+    false_positives = len(outside) - np.searchsorted(np.sort(outside), thresholds, side="left")
+    return _Errors(
+        false_positives, len(outside), np.searchsorted(np.sort(inside), thresholds, side="left"), len(inside)
+    )
+
+
+def _held_out(scores: Scores, bound: Callable[[_Errors], np.ndarray]) -> float:
+    """The bound, >= 0, at the threshold that is best on a tenth of the scores, from the errors on the rest."""
     parts = []
     for name, kind in zip(Scores._fields, scores, strict=True):
         kind = np.asarray(kind, np.float64)
-        check.require(kind.ndim == 1 and len(kind) >= 5, name, kind.shape, "at least 5 scores")
+        check.require(kind.ndim == 1 and len(kind) >= 10, name, kind.shape, "at least 10 scores")
         check.require(not np.isnan(kind).any(), name, "NaN", "numbers")
-        parts.append((kind[: len(kind) // 5], kind[len(kind) // 5 :]))
+        parts.append((kind[: len(kind) // 10], kind[len(kind) // 10 :]))
     (inside, held_inside), (outside, held_outside) = parts
     thresholds = np.unique(np.concatenate([inside, outside]))
-    chosen = thresholds[[np.argmax(bound(*_rates(inside, outside, thresholds, confidence)))]]
-    return max(0.0, float(bound(*_rates(held_inside, held_outside, chosen, confidence))[0]))
+    chosen = thresholds[[np.argmax(bound(_errors(inside, outside, thresholds)))]]
+    return max(0.0, float(bound(_errors(held_inside, held_outside, chosen))[0]))
 
 
-def _rates(
-    inside: np.ndarray, outside: np.ndarray, thresholds: np.ndarray, confidence: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """Upper bounds on false positive and false negative rate of every threshold; both hold with `confidence`.
-
-    Clopper and Pearson 1934, each at half of the significance.
-    """
+def _upper(count: np.ndarray, total: int, level: float) -> np.ndarray:
+    """Clopper and Pearson's upper bound of a rate, one-sided."""
     from scipy.stats import beta  # takes half a second to import
 
-    false_positives = len(outside) - np.searchsorted(np.sort(outside), thresholds, side="left")
-    false_negatives = np.searchsorted(np.sort(inside), thresholds, side="left")
-
-    def upper(count: np.ndarray, total: int) -> np.ndarray:
-        level = 1 - (1 - confidence) / 2
-        return np.where(count < total, beta.ppf(level, count + 1, np.maximum(total - count, 1)), 1.0)
-
-    return upper(false_positives, len(outside)), upper(false_negatives, len(inside))
+    return np.where(count < total, beta.ppf(level, count + 1, np.maximum(total - count, 1)), 1.0)
 
 
 def _first_above(p_value: Callable[[float], float], significance: float) -> float:
