@@ -3,6 +3,7 @@
 python -m experiments.run quickstart
 python -m experiments.run combinations --dataset pneumonia_mnist --scale cpu --seeds 0 1 2
 python -m experiments.run combinations --help
+python -m experiments.run audit
 """
 
 import contextlib
@@ -15,6 +16,8 @@ from typing import Any
 import tyro
 from rich.console import Console
 
+from experiments.audit import study as audit
+from experiments.audit.settings import audit_preset
 from experiments.combinations import study as combinations
 from experiments.combinations.presets import preset
 from experiments.combinations.settings import Scale
@@ -31,6 +34,7 @@ def _combinations(settings: Settings, console: Console) -> int:
 STUDIES: dict[str, tuple[Callable[[str, str, Scale], Settings], Callable[[Settings, Console], int]]] = {
     "quickstart": (preset, _combinations),
     "combinations": (preset, _combinations),
+    "audit": (audit_preset, audit.run),
 }
 """For every study: `(name, dataset, scale) -> settings`, and `(settings, console) -> exit status`."""
 
