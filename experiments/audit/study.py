@@ -61,7 +61,10 @@ def run(settings: Audit, console: Console) -> int:
     write_text(out / "audit.md", to_markdown(rows))
     console.print(_to_rich(rows))
     console.print(f"\n{_note(rows)}\n\naudit.jsonl and audit.md: {out}")
-    return int(any(row["verdict"] != "holds" for row in rows))
+    violations = [row for row in rows if row["verdict"] != "holds"]
+    for row in violations:
+        console.print(f"VIOLATION: {row['combination']}, seed {row['seed']}: a lower bound is above its claim")
+    return int(len(violations) > 0)
 
 
 def _row(settings: Audit, combination: Combination, seed: int, site: Hospitals, display: Display) -> Row:
@@ -119,7 +122,7 @@ def _cells(row: Row) -> list[str]:
 def _note(rows: list[Row]) -> str:
     return (
         f"Epsilon at delta {rows[0]['delta']:g} for one record of one silo. One run: what the server of a whole "
-        "training can prove from canaries. One step: what somebody who knows all but one record can prove of one step in which "
-        "that record takes part, where the claim is a Gaussian mechanism's; ratio: of that to its claim. Every lower "
-        f"bound by itself is right with probability {rows[0]['confidence']:g} at least."
+        "training can prove from canaries. One step: what somebody who knows all but one record can prove of one step "
+        "in which that record takes part, where the claim is a Gaussian mechanism's; ratio: of that to its claim. Every "
+        f"lower bound by itself is right with probability {rows[0]['confidence']:g} at least."
     )
