@@ -4,6 +4,7 @@ python -m experiments.run quickstart
 python -m experiments.run combinations --dataset pneumonia_mnist --scale cpu --seeds 0 1 2
 python -m experiments.run epsilon_curve --dataset pneumonia_mnist
 python -m experiments.run combinations --help
+python -m experiments.run audit
 """
 
 import contextlib
@@ -17,6 +18,8 @@ from typing import Any, NamedTuple
 import tyro
 from rich.console import Console
 
+import experiments.audit.settings as audit_settings
+import experiments.audit.study as audit_study
 import experiments.combinations.presets as combination_presets
 import experiments.combinations.study as combination_study
 import experiments.epsilon_curve.presets as curve_presets
@@ -25,16 +28,29 @@ from experiments.combinations.settings import Scale
 
 
 class Command(NamedTuple):
-    """A study. Attributes: preset: `(dataset, scale) -> settings`; run: `(settings, console)`."""
+    """A study. Attributes: preset: `(dataset, scale) -> settings`; run: `(settings, console) -> exit status`."""
 
     preset: Callable[[str, Scale], Any]
-    run: Callable[[Any, Console], Any]
+    run: Callable[[Any, Console], int]
+
+
+def _shown(run: Callable[[Any, Console], Any]) -> Callable[[Any, Console], int]:
+    """A study that has only results to show: status 0."""
+
+    def run_and_return(settings: Any, console: Console) -> int:
+        run(settings, console)
+        return 0
+
+    return run_and_return
 
 
 COMMANDS = {
-    "quickstart": Command(functools.partial(combination_presets.preset, "quickstart"), combination_study.run),
-    "combinations": Command(functools.partial(combination_presets.preset, "combinations"), combination_study.run),
-    "epsilon_curve": Command(curve_presets.preset, curve_study.run),
+    "quickstart": Command(functools.partial(combination_presets.preset, "quickstart"), _shown(combination_study.run)),
+    "combinations": Command(
+        functools.partial(combination_presets.preset, "combinations"), _shown(combination_study.run)
+    ),
+    "epsilon_curve": Command(curve_presets.preset, _shown(curve_study.run)),
+    "audit": Command(functools.partial(audit_settings.audit_preset, "audit"), audit_study.run),
 }
 
 
@@ -45,15 +61,14 @@ def main(arguments: Sequence[str]) -> int:
         arguments: what stands behind `python -m experiments.run`.
 
     Returns:
-        The exit status: 0, or 2 after a one-line error on standard error.
+        The study's exit status, 0 where all is well; 2 after a one-line error on standard error.
     """
     try:
         settings = parse(arguments)
-        COMMANDS[arguments[0]].run(settings, Console())
+        return COMMANDS[arguments[0]].run(settings, Console())
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    return 0
 
 
 def parse(arguments: Sequence[str]) -> Any:

@@ -3,6 +3,14 @@
 from fedrobust.privacy import ledger
 from fedrobust.privacy.accounting import ACCOUNTANTS, SAMPLINGS, Event, total_epsilon
 from fedrobust.privacy.adaptive import AdaptiveClipNorm, adaptive_clip_norm
+from fedrobust.privacy.auditing import (
+    Scores,
+    epsilon_clopper_pearson,
+    epsilon_gaussian,
+    epsilon_one_run,
+    one_run_p_value,
+    one_step_scores,
+)
 from fedrobust.privacy.clipping import (
     METHODS,
     RELATIONS,
@@ -42,6 +50,7 @@ __all__ = [
     "Event",
     "Noise",
     "Plan",
+    "Scores",
     "SecureSum",
     "Words",
     "adaptive_clip_norm",
@@ -58,11 +67,16 @@ __all__ = [
     "discrete_gaussian",
     "distributed_multiplier",
     "encode",
+    "epsilon_clopper_pearson",
+    "epsilon_gaussian",
+    "epsilon_one_run",
     "epsilon_spent",
     "federation_epsilon",
     "joint_multiplier",
     "ledger",
     "make_plan",
+    "one_run_p_value",
+    "one_step_scores",
     "private_class_weight",
     "private_grad",
     "private_mean",
