@@ -123,6 +123,6 @@ def _note(rows: list[Row]) -> str:
     return (
         f"Epsilon at delta {rows[0]['delta']:g} for one record of one silo. One run: what the server of a whole "
         "training can prove from canaries. One step: what somebody who knows all but one record can prove of one step "
-        "in which that record takes part, where the claim is a Gaussian mechanism's; ratio: of that to its claim. Every "
-        f"lower bound by itself is right with probability {rows[0]['confidence']:g} at least."
+        "in which that record takes part, where the claim is a Gaussian mechanism's; ratio: of that to its claim. "
+        f"Every lower bound by itself is right with probability {rows[0]['confidence']:g} at least."
     )
