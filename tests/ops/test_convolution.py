@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from fedrobust.ops import _contractions, conv
+from fedrobust.ops import _contractions, _cpu, conv
+from fedrobust.ops._geometry import Geometry
 
 
 def lax_conv(image, kernel, *, strides=1, padding="SAME", kernel_dilation=1, groups=1):
@@ -228,14 +229,12 @@ def test_shard_map_over_clients_equals_loop(check_vma):
 @pytest.mark.parametrize("role", ["image", "kernel", "output"])
 @pytest.mark.parametrize("stacked", [False, True])
 def test_what_other_platforms_run_equals_what_the_cpu_runs(role, stacked):
-    geometry = _contractions.Geometry((7, 6), (3, 2), (2, 1), ((1, 2), (0, 1)), (1, 2), 2)
+    geometry = Geometry((7, 6), (3, 2), (2, 1), ((1, 2), (0, 1)), (1, 2), 2)
     lead = (3,) if stacked else ()
     shapes = {"image": (2, 7, 6, 4), "kernel": (3, 2, 2, 6), "output": (2, 4, 5, 6)}
     operands = [normal(i, lead + shapes[name]) for i, name in enumerate(shapes) if name != role]
     how = {"geometry": geometry, "stacked": stacked}
-    on_cpu, by_lax = (
-        jax.jit(partial(f, role, **how))(*operands) for f in (_contractions._on_cpu, _contractions._by_lax)
-    )
+    on_cpu, by_lax = (jax.jit(partial(f, role, **how))(*operands) for f in (_cpu.contract, _contractions._by_lax))
     assert on_cpu.shape == lead + shapes[role]
     assert_close(on_cpu, by_lax)
 
