@@ -59,9 +59,9 @@ GROUPS = (
     ),
     (
         Row("clip_over_plain_microbatched", "clipped_microbatched", ("plain_microbatched",), 1.15),
-        Row("clip_over_jax_privacy_microbatched", "clipped_microbatched", ("jax_privacy_microbatched",), 0.067),
+        Row("clip_over_plain_clients", "clipped_clients", ("plain_clients",), 1.3),
     ),
-    (Row("clip_over_plain_clients", "clipped_clients", ("plain_clients",), 1.3),),
+    (Row("clip_over_jax_privacy_microbatched", "clipped_microbatched", ("jax_privacy_microbatched",), 0.067),),
     (
         Row("dp_pgd1_over_plain", "pgd1", ("plain",), 1.15, times=2),
         Row("dp_pgd7_over_plain", "pgd7", ("plain",), 1.15, times=8),

@@ -4,6 +4,7 @@ Opacus is timed up to its clipped sum of gradients: no noise, no update, as on o
 """
 
 import os
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ def side(name: str, num_examples: int, clip_norm: float) -> Callable[[], Any]:
     """The function without arguments that is measured under this name."""
     import torch
 
+    warnings.filterwarnings("ignore", "Full backward hook is firing")  # Opacus, on images that need no gradient
     torch.set_num_threads(os.cpu_count() or 1)
     torch.manual_seed(0)
     model = _resnet9()

@@ -18,7 +18,7 @@ RELATIONS = ("add_or_remove_one", "replace_one", "zero_out")
 _ROUNDING = 4e-6
 
 # A whole batch on a CPU is taken in pieces of this size: 64 gradients of ResNet-9 at once are 156 MB of fresh memory,
-# whose page faults cost as much as clipping itself (294 ms at once, 252 in pieces; 2 x86 cores, jax 0.10.2, 2026-11-23).
+# whose page faults take as long as the clipping: 288 ms at once, 207 in pieces (2 x86 cores, jax 0.10.2, 2026-11-23).
 _CPU_CHUNK = 16
 
 

@@ -10,7 +10,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from fedrobust.ops import _contractions, _cpu, conv
-from fedrobust.ops._geometry import Geometry
+from fedrobust.ops._geometry import Geometry, plain
 
 
 def lax_conv(image, kernel, *, strides=1, padding="SAME", kernel_dilation=1, groups=1):
@@ -224,6 +224,30 @@ def test_shard_map_over_clients_equals_loop(check_vma):
     if check_vma:  # as with lax, the gradient of a replicated kernel is the sum over the shards
         summed = jax.shard_map(lambda k, x: gradient(k, x[0]), mesh=mesh, in_specs=(whole, client), out_specs=whole)
         assert_close(jax.jit(summed)(kernel, images), loop.sum(0))
+
+
+@st.composite
+def rows_of_images(draw):
+    pair = lambda low, high: tuple(draw(st.integers(low, high)) for _ in range(2))  # noqa: E731
+    window, dilation, strides = pair(1, 4), pair(1, 2), pair(1, 3)
+    padding = tuple((draw(st.integers(-1, 4)), draw(st.integers(-1, 4))) for _ in range(2))
+    image = tuple(
+        max(d * (k - 1) + 1 - low - high, 2) + extra
+        for d, k, (low, high), extra in zip(dilation, window, padding, pair(0, 3), strict=True)
+    )
+    return Geometry(image, window, strides, padding, dilation, groups=1)
+
+
+@settings(max_examples=15)
+@given(geometry=rows_of_images())
+def test_images_side_by_side_do_not_see_each_other(geometry):
+    image, kernel = normal(1, (3, *geometry.image, 2)), normal(2, (*geometry.window, 2, 3))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_cpu, "_ROW", geometry.image[1] * kernel.size + 1)
+        side_by_side = partial(_cpu._side_by_side, geometry)
+        assert any(eqn.primitive.name == "reshape" for eqn in jax.make_jaxpr(side_by_side)(image, kernel).eqns)
+        got = jax.jit(side_by_side)(image, kernel)
+    assert_close(got, jax.jit(partial(plain, geometry))(image, kernel), 1e-5)
 
 
 @pytest.mark.parametrize("role", ["image", "kernel", "output"])
