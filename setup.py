@@ -34,6 +34,7 @@ setup(
     extras_require={
         "test": ["pytest>=8,<10", "pytest-xdist>=3.6,<4", "hypothesis>=6.100,<7"],
         "dev": ["ruff>=0.14", "mypy>=1.15", "pre-commit>=4"],
+        "bench": ["torch==2.13.*", "opacus>=1.6,<1.7", "jax-privacy>=2.0,<2.1"],
         "tfds": ["tensorflow-cpu>=2.20,<3; sys_platform == 'linux'", "tensorflow>=2.20,<3; sys_platform != 'linux'"],
     },
     classifiers=[

@@ -4,5 +4,5 @@ Each module is one benchmark: a docstring that states its source, command, cost 
 `run() -> list[Comparison]`. `NAMES` is the registry.
 """
 
-NAMES = {"ops": "experiments.bench.ops"}
+NAMES = {"dp_step": "experiments.bench.dp_step", "ops": "experiments.bench.ops"}
 """Benchmark name -> the module that runs it."""

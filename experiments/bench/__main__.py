@@ -8,6 +8,7 @@ import platform
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,6 +22,9 @@ from fedrobust import check
 
 if TYPE_CHECKING:
     from experiments.bench.timing import Comparison
+
+
+_PACKAGES = ("jax", "jaxlib", "flax", "torch", "opacus", "jax-privacy")
 
 
 def main(name: Annotated[str, tyro.conf.Positional], json: Path | None = None) -> None:
@@ -53,11 +57,12 @@ def rows(comparisons: Sequence["Comparison"]) -> str:
     """The rows for a program: a JSON list."""
     where = {
         "device": _device(),
-        "versions": {package: version(package) for package in ("jax", "jaxlib", "flax")}
+        "versions": {package: version(package) for package in _PACKAGES if find_spec(package.replace("-", "_"))}
         | {"python": platform.python_version()},
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
-    return json.dumps([c._asdict() | {"ratio": c.ratio} | where for c in comparisons], indent=1) + "\n"
+    records = [c._asdict() | {"sides": dict(c.sides), "ratio": c.ratio} | where for c in comparisons]
+    return json.dumps(records, indent=1) + "\n"
 
 
 def _device() -> str:

@@ -1,9 +1,12 @@
-"""Times of two functions side by side, in one process and in one minute."""
+"""Times side by side: of two functions in one process, or of several processes in turns."""
 
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from statistics import median
-from typing import Any, NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple, Self
 
 import jax
 
@@ -18,6 +21,7 @@ class Comparison(NamedTuple):
         unit: of both.
         target: the largest ratio that is accepted, or None.
         repeats: timed calls of each.
+        sides: the measure of each process behind the row, where the row names them.
     """
 
     name: str
@@ -26,6 +30,7 @@ class Comparison(NamedTuple):
     unit: str
     target: float | None
     repeats: int
+    sides: Mapping[str, float] = MappingProxyType({})
 
     @property
     def ratio(self) -> float:
@@ -61,3 +66,36 @@ def compare(
             jax.block_until_ready(function())
             measured.append(time.perf_counter() - start)
     return Comparison(name, 1e3 * median(seconds[0]), 1e3 * median(seconds[1]), "ms", target, repeats)
+
+
+class Side:
+    """A process that runs one side of a comparison when its turn comes: `python -m experiments.bench.sides NAME`.
+
+    A context manager: the process is there, warm and idle, between the start and the end.
+    """
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __enter__(self) -> Self:
+        command = [sys.executable, "-m", "experiments.bench.sides", self.name]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._read("ready")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.communicate()
+
+    def call(self) -> float:
+        """The measure of one call."""
+        assert self._process.stdin is not None
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        return float(self._read())
+
+    def _read(self, expected: str | None = None) -> str:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline().strip()
+        if not line or (expected is not None and line != expected):
+            raise RuntimeError(f"side {self.name!r} ended or said {line!r}: see its messages above")
+        return line

@@ -7,7 +7,8 @@ import jax
 from jax import lax
 
 from fedrobust import check
-from fedrobust.ops._contractions import Geometry, contract, plain
+from fedrobust.ops._contractions import contract
+from fedrobust.ops._geometry import Geometry, plain
 
 
 def conv(

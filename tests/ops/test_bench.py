@@ -1,10 +1,12 @@
 import json
 import subprocess
 import sys
+from typing import ClassVar
 
 import jax.numpy as jnp
 import pytest
 
+from experiments.bench import dp_step
 from experiments.bench.timing import Comparison, compare
 
 
@@ -36,3 +38,55 @@ def test_bad_arguments_are_one_line_and_exit_2(arguments, named):
     done = subprocess.run([sys.executable, "-m", "experiments.bench", *arguments], capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
     assert named in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+class FakeSide:
+    """Answers with 3, 2 and 1 times the number of its name, and notes whose turn it was."""
+
+    turns: ClassVar[list[str]] = []
+    value: ClassVar = {"plain": 10.0, "clipped": 11.0, "torch": 9.0, "torch_channels_last": 5.0, "pgd7": 64.0}
+
+    def __init__(self, name):
+        self.name, self.calls = name, 0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def call(self):
+        self.turns.append(self.name)
+        self.calls += 1
+        return self.value.get(self.name, 20.0) * (1, 3, 2)[self.calls % 3]
+
+
+def measured(monkeypatch, installed):
+    monkeypatch.setattr(FakeSide, "turns", [])
+    monkeypatch.setattr(dp_step, "Side", FakeSide)
+    monkeypatch.setattr(dp_step, "REPEATS", 3)
+    monkeypatch.setattr(dp_step.importlib.util, "find_spec", lambda package: installed or None)
+    return {row.name: row for row in dp_step.run()}
+
+
+def test_sides_take_turns_and_the_fastest_of_the_others_counts(monkeypatch):
+    rows = measured(monkeypatch, installed=True)
+    first = FakeSide.turns[: FakeSide.turns.index("clipped", 1)]
+    assert FakeSide.turns[: 3 * len(first)] == first * 3 and len(set(first)) == len(first) == 8
+    assert rows["clip_over_plain"].ratio == pytest.approx(1.1)
+    assert rows["plain_over_torch"].against == 10.0  # the median of 5, 10 and 15
+    assert rows["dp_pgd7_over_plain"].ratio == pytest.approx(64 / (8 * 10))
+
+
+def test_rows_against_absent_packages_are_left_out_with_one_line_each(monkeypatch, capsys):
+    rows = measured(monkeypatch, installed=False)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 4 and all('".[bench]"' in line for line in lines)
+    assert set(rows) == {
+        "clip_over_plain",
+        "clip_over_plain_microbatched",
+        "clip_over_plain_clients",
+        "dp_pgd1_over_plain",
+        "dp_pgd7_over_plain",
+        "lean_memory_over_plain_memory",
+    }

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from fedrobust.ops import _contractions, conv
+from fedrobust.ops import _contractions, _cpu, conv
+from fedrobust.ops._geometry import Geometry, plain
 
 
 def lax_conv(image, kernel, *, strides=1, padding="SAME", kernel_dilation=1, groups=1):
@@ -225,17 +226,39 @@ def test_shard_map_over_clients_equals_loop(check_vma):
         assert_close(jax.jit(summed)(kernel, images), loop.sum(0))
 
 
+@st.composite
+def rows_of_images(draw):
+    pair = lambda low, high: tuple(draw(st.integers(low, high)) for _ in range(2))  # noqa: E731
+    window, dilation, strides = pair(1, 4), pair(1, 2), pair(1, 3)
+    padding = tuple((draw(st.integers(-1, 4)), draw(st.integers(-1, 4))) for _ in range(2))
+    image = tuple(
+        max(d * (k - 1) + 1 - low - high, 2) + extra
+        for d, k, (low, high), extra in zip(dilation, window, padding, pair(0, 3), strict=True)
+    )
+    return Geometry(image, window, strides, padding, dilation, groups=1)
+
+
+@settings(max_examples=15)
+@given(geometry=rows_of_images())
+def test_images_side_by_side_do_not_see_each_other(geometry):
+    image, kernel = normal(1, (3, *geometry.image, 2)), normal(2, (*geometry.window, 2, 3))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_cpu, "_ROW", geometry.image[1] * kernel.size + 1)
+        side_by_side = partial(_cpu._side_by_side, geometry)
+        assert any(eqn.primitive.name == "reshape" for eqn in jax.make_jaxpr(side_by_side)(image, kernel).eqns)
+        got = jax.jit(side_by_side)(image, kernel)
+    assert_close(got, jax.jit(partial(plain, geometry))(image, kernel), 1e-5)
+
+
 @pytest.mark.parametrize("role", ["image", "kernel", "output"])
 @pytest.mark.parametrize("stacked", [False, True])
 def test_what_other_platforms_run_equals_what_the_cpu_runs(role, stacked):
-    geometry = _contractions.Geometry((7, 6), (3, 2), (2, 1), ((1, 2), (0, 1)), (1, 2), 2)
+    geometry = Geometry((7, 6), (3, 2), (2, 1), ((1, 2), (0, 1)), (1, 2), 2)
     lead = (3,) if stacked else ()
     shapes = {"image": (2, 7, 6, 4), "kernel": (3, 2, 2, 6), "output": (2, 4, 5, 6)}
     operands = [normal(i, lead + shapes[name]) for i, name in enumerate(shapes) if name != role]
     how = {"geometry": geometry, "stacked": stacked}
-    on_cpu, by_lax = (
-        jax.jit(partial(f, role, **how))(*operands) for f in (_contractions._on_cpu, _contractions._by_lax)
-    )
+    on_cpu, by_lax = (jax.jit(partial(f, role, **how))(*operands) for f in (_cpu.contract, _contractions._by_lax))
     assert on_cpu.shape == lead + shapes[role]
     assert_close(on_cpu, by_lax)
 
