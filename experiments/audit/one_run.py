@@ -18,6 +18,7 @@ from experiments.combinations.federation import (
     client_update,
     cohorts,
     example_loss,
+    make_plan,
     make_recipe,
     server_optimizer,
 )
@@ -85,7 +86,7 @@ def train(settings: Audit, combination: Combination, seed: int, site: Hospitals,
     canary's score is the sum over rounds of <-(its silo's update - mean of the others'), its clipped gradient>.
     """
     site, canaries, included = place_canaries(settings, seed, site)
-    recipe = make_recipe(settings, seed, site, dp=True, at=combination.at)
+    recipe = make_recipe(settings, seed, site, plan=make_plan(settings, site), at=combination.at)
     train = site.splits.train
     model = build_model(settings, train.image.shape[1:], train.num_classes)
     params = model.init(keys.stream(keys.root(seed), "init"), jnp.zeros((1, *train.image.shape[1:])))

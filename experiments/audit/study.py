@@ -9,7 +9,7 @@ from rich.table import Table
 
 from experiments.audit import one_run, one_step
 from experiments.audit.settings import Audit
-from experiments.combinations.federation import Hospitals, hospitals, make_recipe
+from experiments.combinations.federation import Hospitals, hospitals, make_plan
 from experiments.display import Display
 from experiments.files import write_text
 from fedrobust import privacy
@@ -48,8 +48,8 @@ def run(settings: Audit, console: Console) -> int:
     """
     out = Path(settings.out or f"results/{settings.experiment}-{Path(settings.dataset).stem}-{settings.scale}")
     sites = {seed: hospitals(settings, seed) for seed in settings.seeds}
-    for seed, site in sites.items():  # a plan that cannot be made is an error before anything is written
-        make_recipe(settings, seed, site, dp=True, at=False)
+    for site in sites.values():  # a plan that cannot be made is an error before anything is written
+        make_plan(settings, site)
     out.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
     with Display(console, len(sites) * len(settings.combinations), 0) as display:
@@ -75,9 +75,8 @@ def _row(settings: Audit, combination: Combination, seed: int, site: Hospitals, 
     whole = one_run.bound(settings, watched)
     progress("one step")
     step = one_step.measure(settings, watched.recipe, watched.apply, watched.params, seed, site)
-    claim = privacy.epsilon_spent(
-        noise_multiplier=plan.noise_multiplier, delta=settings.dp.delta, sampling_rate=1.0, num_steps=1
-    )
+    alone = privacy.Event("gaussian", plan.noise_multiplier)
+    claim = privacy.total_epsilon([(alone, 1)], relation=plan.relation, delta=settings.dp.delta, accountant="pld")
     violated = whole > plan.epsilon or max(step.gaussian, step.clopper_pearson) > claim
     return {
         "combination": combination.name,

@@ -13,7 +13,8 @@ import jax
 from rich.console import Console
 
 from experiments import parallel
-from experiments.combinations.federation import Hospitals, Recipe, build_model, hospitals, make_recipe
+from experiments.combinations.account import charge_label_counts, note_look, open_account, spent
+from experiments.combinations.federation import Hospitals, Recipe, build_model, hospitals, make_plan, make_recipe
 from experiments.combinations.row import provenance
 from experiments.combinations.study import config_of, require_same
 from experiments.combinations.training import BATCH_SIZE, Job, Progress, train
@@ -21,7 +22,7 @@ from experiments.display import Display
 from experiments.epsilon_curve.settings import Curve, Noise
 from experiments.files import write_text
 from experiments.parallel import Check
-from fedrobust import evaluation, reporting
+from fedrobust import evaluation, privacy, reporting
 
 _NOT_OF_A_ROW = ("epsilons", "noises", "seeds", "out", "data_dir", "parallel", "checkpoint_every")
 """Settings that say what to run and where, not what a row is: rows of one folder may differ in them."""
@@ -60,7 +61,7 @@ def run(curve: Curve, console: Console) -> Path:
     points = [Point(noise, epsilon, seed) for seed in curve.seeds for noise, epsilon in curve.points]
     sites = {seed: hospitals(curve.study(*curve.points[0]), seed) for seed in curve.seeds}
     # a plan that cannot be made is an error before anything is written
-    recipes = {point: recipe_of(curve, point, sites[point.seed]) for point in points}
+    plans = {point: plan_of(curve, point, sites[point.seed]) for point in points}
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "config.json", json.dumps(config, indent=2) + "\n")
     done = {_point(row) for row in reporting.read(out / "rows.jsonl")}
@@ -69,7 +70,7 @@ def run(curve: Curve, console: Console) -> Path:
     with Display(console, len(points), len(points) - len(todo)) as display:
         for start in range(0, len(todo), at_once):
             batch = todo[start : start + at_once]
-            tasks = [_task(recipes[point], point, sites[point.seed], out, display) for point in batch]
+            tasks = [_task(curve, point, plans[point], sites[point.seed], out, display) for point in batch]
             for point, row in zip(batch, parallel.run(tasks, num_threads=at_once), strict=True):
                 reporting.append(out / "rows.jsonl", row, fields=reporting.POINT_FIELDS)
                 shutil.rmtree(out / "work" / point.name)  # only now that the row is safe
@@ -93,63 +94,72 @@ def report(out: Path, console: Console) -> None:
     console.print(f"\nrows.jsonl, table.md, table.tex and auc_against_epsilon.png: {out}")
 
 
-def recipe_of(curve: Curve, point: Point, site: Hospitals) -> Recipe:
-    """How a point is trained.
+def plan_of(curve: Curve, point: Point, site: Hospitals) -> privacy.Plan | None:
+    """The plan of every silo at a point; None without privacy."""
+    return None if point.noise is None else make_plan(curve.study(point.noise, point.epsilon), site)
+
+
+def recipe_of(curve: Curve, point: Point, plan: privacy.Plan | None, site: Hospitals) -> Recipe:
+    """How a point is trained; label counts must have been charged.
 
     A step moves the model by the learning rate times gradient and noise. The curve's learning rate was chosen for one
     epsilon; a point with s > 1 times the noise divides it by s, so that no step adds more noise than there.
     """
-
-    def recipe(noise: Noise | None, epsilon: float) -> Recipe:
-        return make_recipe(curve.study(noise, epsilon), point.seed, site, dp=noise is not None, at=False)
-
-    wanted = recipe(point.noise, point.epsilon)
-    if wanted.plan is None:
-        return wanted
-    ratio = _noise(recipe("silo", curve.dp.epsilon)) / _noise(wanted)
-    dp = dataclasses.replace(wanted.study.dp, learning_rate=curve.dp.learning_rate * min(1.0, ratio))
-    return dataclasses.replace(wanted, study=dataclasses.replace(wanted.study, dp=dp))
+    recipe = make_recipe(curve.study(point.noise, point.epsilon), point.seed, site, plan=plan, at=False)
+    if plan is None:
+        return recipe
+    reference = make_plan(curve.study("silo", curve.dp.epsilon), site)
+    shares = curve.clients if point.noise == "secure_sum" else 1
+    ratio = reference.noise_multiplier * math.sqrt(shares) / plan.noise_multiplier
+    dp = dataclasses.replace(recipe.study.dp, learning_rate=curve.dp.learning_rate * min(1.0, ratio))
+    return dataclasses.replace(recipe, study=dataclasses.replace(recipe.study, dp=dp))
 
 
-def _noise(recipe: Recipe) -> float:
-    """Standard deviation of the noise of all silos together, over the sensitivity and a factor common to the curve."""
-    assert recipe.plan is not None
-    shares = recipe.study.clients if recipe.study.dp.noise == "secure_sum" else 1
-    return recipe.plan.noise_multiplier / math.sqrt(shares)
-
-
-def make_row(recipe: Recipe, point: Point, site: Hospitals, folder: Path, progress: Progress) -> dict[str, Any]:
+def make_row(
+    curve: Curve, point: Point, plan: privacy.Plan | None, site: Hospitals, out: Path, progress: Progress
+) -> dict[str, Any]:
     """Trains and measures one point.
 
     Args:
-        recipe: how to train it.
+        curve: the settings.
         point: what it is.
+        plan: of every silo; None without privacy.
         site: the data of its seed.
-        folder: where its checkpoints go.
+        out: checkpoints go below `work`, looks at private data into `ledger.jsonl`.
         progress: told of every round.
 
     Returns:
         A complete row, see `reporting.POINT_FIELDS`. Killed at any time and called again, it goes on from the last
         checkpoint.
     """
+    asked = curve.study(point.noise, point.epsilon)
+    account = None
+    if plan is not None:
+        account = open_account(asked, reporting.config_hash(config_of(asked)), point.name, plan, out)
+        note_look(account, "tuning")  # the learning rate was chosen on a validation split
+        charge_label_counts(account)
+    recipe = recipe_of(curve, point, plan, site)
     study, splits = recipe.study, site.splits
     config = config_of(study)
     model = build_model(study, splits.train.image.shape[1:], splits.train.num_classes)
-    trained = train(Job(recipe, site, point.seed, recipe.num_rounds, False, (), "mean", folder), model, progress)
+    folder = out / "work" / point.name
+    job = Job(recipe, site, point.seed, recipe.num_rounds, False, (), "mean", folder, account)
+    trained = train(job, model, progress)
     figures = {}
     for name, split in (("val", splits.val), ("clean", splits.test)):
         logits = evaluation.predict(trained.apply, trained.params, split.image, BATCH_SIZE)
         figures[name] = evaluation.metrics(logits, split.label)._asdict()
-    privacy = None
-    if recipe.plan is not None:
-        privacy = dataclasses.asdict(recipe.plan) | {"budget": point.epsilon, "noise": point.noise}
+    guarantee = None
+    if plan is not None and account is not None:  # what was spent, in the ledger's words
+        guarantee = dataclasses.asdict(plan) | {"epsilon": spent(account)}
+        guarantee |= {"budget": point.epsilon, "noise": point.noise}
     return {
         "experiment": study.experiment,
         "seed": point.seed,
         "config": config,
         "config_hash": reporting.config_hash(config),
         **figures,
-        "privacy": privacy,
+        "privacy": guarantee,
         "history": dict(zip(("round", "loss", "val_accuracy"), trained.history.T.tolist(), strict=True)),
         "train_seconds": trained.train_seconds,
         **provenance(),
@@ -157,7 +167,7 @@ def make_row(recipe: Recipe, point: Point, site: Hospitals, folder: Path, progre
 
 
 def _task(
-    recipe: Recipe, point: Point, site: Hospitals, out: Path, display: Display
+    curve: Curve, point: Point, plan: privacy.Plan | None, site: Hospitals, out: Path, display: Display
 ) -> Callable[[Check], dict[str, Any]]:
     shown = display.row(point.name)("training")
 
@@ -166,7 +176,7 @@ def _task(
             check()
             shown(done, total, figures)
 
-        return make_row(recipe, point, site, out / "work" / point.name, progress)
+        return make_row(curve, point, plan, site, out, progress)
 
     return task
 
@@ -177,7 +187,7 @@ def _num_at_once(curve: Curve) -> int:
 
 
 def _point(row: dict[str, Any]) -> Point:
-    privacy = row["privacy"]
-    if privacy is None:
+    guarantee = row["privacy"]
+    if guarantee is None:
         return Point(None, float("inf"), row["seed"])
-    return Point(privacy["noise"], privacy["budget"], row["seed"])
+    return Point(guarantee["noise"], guarantee["budget"], row["seed"])

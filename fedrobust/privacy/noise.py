@@ -113,9 +113,9 @@ def private_mean(
     check.one_of("plan.relation", plan.relation, ("add_or_remove_one",))
     check.positive("plan.noise_multiplier", plan.noise_multiplier)
     check.positive("num_clients", num_clients)
-    learned = clip_norm if isinstance(clip_norm, AdaptiveClipNorm) else None
-    if not isinstance(clip_norm, AdaptiveClipNorm):
-        check.positive("clip_norm", clip_norm)
+    learned, constant = (clip_norm, 0.0) if isinstance(clip_norm, AdaptiveClipNorm) else (None, clip_norm)
+    if learned is None:
+        check.positive("clip_norm", constant)
     count = 0.0 if learned is None else learned.count_noise_stddev
     check.require(plan.count_noise_stddev == count, "plan.count_noise_stddev", plan.count_noise_stddev, f"{count}")
     expected_num_clients = plan.sampling_rate * num_clients
@@ -125,7 +125,7 @@ def private_mean(
         return () if learned is None else learned.init()
 
     def apply(key: Key, state: Any, updates: Params, weight: jax.Array) -> tuple[Params, Any, Any]:
-        bound = clip_norm if learned is None else state
+        bound: Any = constant if learned is None else state
         clipped, norm = jax.vmap(lambda update: clip(update, bound))(updates)
         present = weight > 0
         total = trees.weighted_sum(present.astype(jnp.float32), clipped)

@@ -9,7 +9,7 @@ from experiments.combinations.federation import hospitals
 from experiments.display import Display
 from experiments.epsilon_curve import study as curve_module
 from experiments.epsilon_curve.presets import preset
-from experiments.epsilon_curve.study import Point, recipe_of
+from experiments.epsilon_curve.study import Point, plan_of, recipe_of
 from experiments.run import main, parse
 from fedrobust import reporting
 from fedrobust.models import SPECS
@@ -107,7 +107,8 @@ def test_the_step_grows_no_noisier_than_at_the_epsilon_its_rate_was_chosen_for()
     site = hospitals(curve.study(None, math.inf), 0)
 
     def rate_and_noise(noise, epsilon):
-        recipe = recipe_of(curve, Point(noise, epsilon, 0), site)
+        point = Point(noise, epsilon, 0)
+        recipe = recipe_of(curve, point, plan_of(curve, point, site), site)
         silos = {"silo": 1, "secure_sum": 5}[noise]
         return recipe.study.dp.learning_rate, recipe.plan.noise_multiplier / np.sqrt(silos)
 
@@ -118,7 +119,7 @@ def test_the_step_grows_no_noisier_than_at_the_epsilon_its_rate_was_chosen_for()
         assert other_noise > noise
         assert other_rate * other_noise == pytest.approx(rate * noise)
     assert rate_and_noise("secure_sum", 8.0)[0] == rate  # less noise is no reason for longer steps
-    assert recipe_of(curve, Point(None, math.inf, 0), site).plan is None
+    assert plan_of(curve, Point(None, math.inf, 0), site) is None
 
 
 def test_presets_and_overrides():
