@@ -49,7 +49,7 @@ def run(curve: Curve, console: Console) -> Path:
         console: where progress and the table are shown.
 
     Returns:
-        The folder that holds `rows.jsonl`, `table.md`, `table.tex` and `auc_against_epsilon.png`.
+        The folder that holds `rows.jsonl`, `ledger.jsonl`, `table.md`, `table.tex` and `auc_against_epsilon.png`.
 
     Raises:
         ValueError: bad settings or data, or a folder that holds rows of another configuration. Nothing is written.
@@ -91,7 +91,7 @@ def report(out: Path, console: Console) -> None:
     write_text(out / "table.md", reporting.markdown(table, num_labels=2))
     write_text(out / "table.tex", reporting.latex(table, num_labels=2))
     reporting.auc_against_epsilon(rows, out / "auc_against_epsilon.png")
-    console.print(f"\nrows.jsonl, table.md, table.tex and auc_against_epsilon.png: {out}")
+    console.print(f"\nrows.jsonl, ledger.jsonl, table.md, table.tex and auc_against_epsilon.png: {out}")
 
 
 def plan_of(curve: Curve, point: Point, site: Hospitals) -> privacy.Plan | None:

@@ -19,7 +19,7 @@ COMMAND = (
     "epsilon_curve --scale smoke --epsilons 8 inf --seeds 0 --out out --width 4 --checkpoint-every 0 "
     "--train.num-rounds 2 --train.num-steps 1 --train.batch-size 8 --dp.num-rounds 3 --dp.sampling-rate 0.05"
 )
-FILES = {"config.json", "rows.jsonl", "table.md", "table.tex", "auc_against_epsilon.png"}
+FILES = {"ledger.jsonl", "config.json", "rows.jsonl", "table.md", "table.tex", "auc_against_epsilon.png"}
 
 
 class Killed(BaseException):
