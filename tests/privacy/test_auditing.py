@@ -18,6 +18,7 @@ from scipy import stats
 from fedrobust import data, losses, models
 from fedrobust.privacy import (
     ClippedGrad,
+    Event,
     Plan,
     Scores,
     auditing,
@@ -25,10 +26,10 @@ from fedrobust.privacy import (
     epsilon_clopper_pearson,
     epsilon_gaussian,
     epsilon_one_run,
-    epsilon_spent,
     one_run_p_value,
     one_step_scores,
     private_grad,
+    total_epsilon,
 )
 from fedrobust.types import Batch
 
@@ -112,7 +113,15 @@ def failures(bounds, epsilon):
 
 
 MU, DELTA = 0.8, 1e-3
-GAUSSIAN_EPSILON = epsilon_spent(noise_multiplier=1 / MU, delta=DELTA, sampling_rate=1.0, num_steps=1)
+
+
+def one_gaussian(noise_multiplier, delta):
+    """Epsilon of one Gaussian sum."""
+    event = Event("gaussian", noise_multiplier)
+    return total_epsilon([(event, 1)], relation="add_or_remove_one", delta=delta, accountant="pld")
+
+
+GAUSSIAN_EPSILON = one_gaussian(1 / MU, DELTA)
 
 
 def normal_scores(rng, num, mu=MU):
@@ -212,7 +221,7 @@ PLAN = Plan(
     epsilon=8.0,
     delta=1e-5,
 )
-CLAIMED = epsilon_spent(noise_multiplier=1.2, delta=1e-5, sampling_rate=1.0, num_steps=1)
+CLAIMED = one_gaussian(1.2, 1e-5)
 NUM_TRIALS = 8000
 
 

@@ -442,6 +442,6 @@ def test_memory_in_microbatches_and_norms_first_is_that_of_a_step_without_privac
         return jax.jit(function).lower(KEY, params, batch).compile().memory_analysis().temp_size_in_bytes
 
     limit = 1.3 * memory(plain)
-    assert memory(clipped_grad(loss, clip_norm=1.0)) > limit
+    assert memory(clipped_grad(loss, clip_norm=1.0, microbatch_size=256)) > limit
     assert memory(clipped_grad(loss, clip_norm=1.0, microbatch_size=4)) < 0.3 * limit
     assert memory(clipped_grad(loss, clip_norm=1.0, method="norms_first", microbatch_size=4)) < limit

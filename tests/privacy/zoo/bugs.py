@@ -63,8 +63,8 @@ BUGS = (
         "a record that is not finite stays in the sum",
         _SENSITIVITY,
         "fedrobust.trees",
-        "jnp.where(rows == 0, 0, x), 1",
-        "x, 1",
+        "jnp.where(weight[i] == 0, 0, weight[i].astype(x.dtype) * x[i])",
+        "weight[i].astype(x.dtype) * x[i]",
     ),
     Bug(
         "weights above 1 lengthen the contribution",
