@@ -11,7 +11,8 @@ medians. Ratios are ours over theirs. The rows:
 - clip_over_jax_privacy, clip_over_jax_privacy_microbatched: over its `clipped_grad` on the same network with plain
   `lax` convolutions, whole batch and in microbatches of 16;
 - plain_over_torch: the plain gradients, PyTorch's in the faster of its two memory formats;
-- lean_memory_over_plain_memory: resident memory that one call adds at its peak, 512 images;
+- lean_memory_over_plain_memory: resident memory that one call adds at its peak, 512 images, norms first;
+- microbatched_memory_over_plain_memory: the same in microbatches of 16;
 - dp_pgd1_over_plain, dp_pgd7_over_plain: a clipped step of PGD-k training, over (k + 1) plain gradients.
 
 Command: python -m experiments.bench dp_step, with `pip install -e ".[bench]"` for the rows of the others.
@@ -67,7 +68,10 @@ GROUPS = (
         Row("dp_pgd7_over_plain", "pgd7", ("plain",), 1.15, times=8),
     ),
 )
-MEMORY = Row("lean_memory_over_plain_memory", "lean_memory", ("plain_memory",), 1.3)
+MEMORY = [
+    Row("lean_memory_over_plain_memory", "lean_memory", ("plain_memory",), 1.3),
+    Row("microbatched_memory_over_plain_memory", "microbatched_memory", ("plain_memory",), 1.3),
+]
 
 NEEDS = {"torch": "torch", "opacus": "opacus", "jax_privacy": "jax_privacy"}
 """The first word of a side -> the package it runs."""
@@ -84,7 +88,8 @@ def run() -> list[Comparison]:
         comparisons += _compared(
             rows, _times([side for row in rows for side in (row.ours, *row.against)]), "ms", REPEATS
         )
-    return comparisons + _compared([MEMORY], _memory([MEMORY.ours, *MEMORY.against]), "MB", MEMORY_REPEATS)
+    sides = [side for row in MEMORY for side in (row.ours, *row.against)]
+    return comparisons + _compared(MEMORY, _memory(list(dict.fromkeys(sides))), "MB", MEMORY_REPEATS)
 
 
 def _times(names: list[str]) -> dict[str, float]:

@@ -24,8 +24,6 @@ NUM_EXAMPLES_IN_MEMORY = 512
 NUM_PIECES = 4
 MICROBATCH_SIZE = 16
 CLIP_NORM = 1.0
-# The method that never holds all per-example gradients.
-LEAN: dict[str, Any] = {"microbatch_size": MICROBATCH_SIZE}
 
 Step = Callable[[], Any]
 
@@ -71,7 +69,9 @@ def _function(name: str, loss: Loss, apply: Callable[[Params, jax.Array], jax.Ar
         case "clipped_clients":
             return jax.vmap(clipped(), (None, 0, 0))
         case "lean_memory":
-            return clipped(**LEAN)
+            return clipped(method="norms_first", microbatch_size=MICROBATCH_SIZE)
+        case "microbatched_memory":
+            return clipped(microbatch_size=MICROBATCH_SIZE)
         case "pgd1" | "pgd7":
             return partial(_clipped, _robust(loss, apply, int(name[3:])))(microbatch_size=MICROBATCH_SIZE)
         case "jax_privacy" | "jax_privacy_microbatched":

@@ -28,7 +28,7 @@ def contract(role: str, first: jax.Array, second: jax.Array, *, geometry: Geomet
 
     With `stacked` both operands have a leading axis, and a loop runs over it, because `vmap` over both makes a grouped
     convolution. Gradient of ResNet-9 for 4 clients of 16 images with their own weights, CPU time: grouped 879 ms, in a
-    loop 322, one batch of 64 for comparison 338. Per-example kernel gradients, too, cost within 30 % of one for all.
+    loop 322, one batch of 64 for comparison 338.
     """
     # With one slice there is nothing to gather: a 1 x 1 window on 64 x 28 x 28 x 64 -> 128 sliced 25 ms, swapped 46.
     is_sliced = geometry.groups > 1 or prod(geometry.window) == 1
@@ -38,7 +38,14 @@ def contract(role: str, first: jax.Array, second: jax.Array, *, geometry: Geomet
         "kernel": _sliced if is_sliced else _swapped,
     }
     one = partial(ways[role], geometry)
-    return lax.map(lambda pair: one(*pair), (first, second)) if stacked else one(first, second)
+    if not stacked:
+        return one(first, second)
+    # The kernel gradient of one image keeps one core busy; two in one turn of the loop, which do not wait for each
+    # other, run side by side. Clipped gradient of ResNet-9, batch 64, over the plain one: 1.18 one by one, 1.08 so.
+    at_once = 2 if role == "kernel" and first.shape[0] % 2 == 0 else 1
+    pieces = [x.reshape(-1, at_once, *x.shape[1:]) for x in (first, second)]
+    found = lax.map(lambda pair: jnp.stack([one(a, b) for a, b in _zip(*pair)]), pieces)
+    return found.reshape(-1, *found.shape[2:])
 
 
 def _flipped(geometry: Geometry, kernel: jax.Array, output: jax.Array) -> jax.Array:

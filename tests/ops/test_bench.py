@@ -89,4 +89,5 @@ def test_rows_against_absent_packages_are_left_out_with_one_line_each(monkeypatc
         "dp_pgd1_over_plain",
         "dp_pgd7_over_plain",
         "lean_memory_over_plain_memory",
+        "microbatched_memory_over_plain_memory",
     }
