@@ -27,7 +27,7 @@ METHODS = ("per_example", "norms_first")
 """The ways to compute a clipped sum; they differ in speed and memory."""
 
 # A whole batch on a CPU is taken in pieces of this size: 64 gradients of ResNet-9 at once are 156 MB of fresh memory,
-# whose page faults take as long as the clipping: 288 ms at once, 207 in pieces (2 x86 cores, jax 0.10.2, 2026-11-23).
+# 250 ms, in pieces 226 (2 x86 cores, jax 0.10.2, 2026-11-23). Other platforms, not measured, take it at once.
 _CPU_CHUNK = 16
 
 
@@ -128,9 +128,10 @@ def clipped_grad(
             of a microbatch while it measures them. Memory at batch 512, ResNet-9 of width 32 on 28 x 28: without
             privacy 560 MB; "per_example" 1779 whole, 66 in microbatches of 16; "norms_first" 560 (x86 CPU, jax 0.10.2,
             2026-11-23). The sum is the same to float rounding.
-        microbatch_size: None takes the whole batch at once, for "per_example" only. m >= 1 loops over m examples at a
-            time and stops after the last real example, so memory is O(m * D) and time follows the realised batch; for
-            "norms_first" this is the pass for the norms. The sum is the same to float rounding.
+        microbatch_size: None, for "per_example" only, takes the whole batch at once (a CPU 16 examples at a time).
+            m >= 1 loops over m examples at a time and stops after the last real example, so memory is O(m * D) and time
+            follows the realised batch; for "norms_first" this is the pass for the norms. The sum is the same to float
+            rounding.
         groups: None clips the whole gradient. Else a function from a parameter's key path to its group, such as
             `by_layer`: each of G groups is clipped to C / sqrt(G), so the total stays within C. "per_example" only: one
             weight per example cannot carry G factors.
