@@ -44,7 +44,7 @@ class Curve:
     """Rounds without privacy."""
     dp: DP = field(default_factory=DP)
     """Differential privacy. The learning rate is for --dp.epsilon and noise in each silo; a point with s > 1 times the
-    noise takes 1/s of it."""
+    noise takes s^-1.5 of it. So is the part spent on label counts, which shrinks with the root of epsilon."""
 
     def __post_init__(self) -> None:
         """Checks every setting.
@@ -69,7 +69,10 @@ class Curve:
 
     def study(self, noise: Noise | None, epsilon: float) -> Study:
         """The settings that one point is trained with: all hospitals honest, nothing adversarial, nothing pruned."""
-        dp = self.dp if noise is None else replace(self.dp, epsilon=epsilon, noise=noise)
+        dp = self.dp
+        if noise is not None:
+            counts = dp.histogram_epsilon * min(1.0, math.sqrt(epsilon / dp.epsilon))
+            dp = replace(dp, epsilon=epsilon, noise=noise, histogram_epsilon=counts)
         return Study(
             experiment="epsilon_curve",
             dataset=self.dataset,

@@ -103,7 +103,8 @@ def recipe_of(curve: Curve, point: Point, plan: privacy.Plan | None, site: Hospi
     """How a point is trained; label counts must have been charged.
 
     A step moves the model by the learning rate times gradient and noise. The curve's learning rate was chosen for one
-    epsilon; a point with s > 1 times the noise divides it by s, so that no step adds more noise than there.
+    epsilon; a point with s > 1 times the noise divides it by s^1.5: between s, where a single step is as noisy as
+    there, and s^2, where the spread that the noise of many steps keeps up (rate * noise^2) is.
     """
     recipe = make_recipe(curve.study(point.noise, point.epsilon), point.seed, site, plan=plan, at=False)
     if plan is None:
@@ -111,7 +112,7 @@ def recipe_of(curve: Curve, point: Point, plan: privacy.Plan | None, site: Hospi
     reference = make_plan(curve.study("silo", curve.dp.epsilon), site)
     shares = curve.clients if point.noise == "secure_sum" else 1
     ratio = reference.noise_multiplier * math.sqrt(shares) / plan.noise_multiplier
-    dp = dataclasses.replace(recipe.study.dp, learning_rate=curve.dp.learning_rate * min(1.0, ratio))
+    dp = dataclasses.replace(recipe.study.dp, learning_rate=curve.dp.learning_rate * min(1.0, ratio) ** 1.5)
     return dataclasses.replace(recipe, study=dataclasses.replace(recipe.study, dp=dp))
 
 

@@ -102,23 +102,25 @@ def check_rows(rows):
     assert silo["history"]["loss"][1:] != shares["history"]["loss"][1:]  # other noise
 
 
-def test_the_step_grows_no_noisier_than_at_the_epsilon_its_rate_was_chosen_for():
-    curve = parse(["epsilon_curve", "--scale", "smoke"])
+def test_rate_and_label_counts_shrink_with_the_budget():
+    curve = parse(["epsilon_curve", "--scale", "smoke", "--dp.histogram-epsilon", "0.1"])
     site = hospitals(curve.study(None, math.inf), 0)
 
-    def rate_and_noise(noise, epsilon):
+    def dp_and_noise(noise, epsilon):
         point = Point(noise, epsilon, 0)
         recipe = recipe_of(curve, point, plan_of(curve, point, site), site)
         silos = {"silo": 1, "secure_sum": 5}[noise]
-        return recipe.study.dp.learning_rate, recipe.plan.noise_multiplier / np.sqrt(silos)
+        return recipe.study.dp, recipe.plan.noise_multiplier / np.sqrt(silos)
 
-    rate, noise = rate_and_noise("silo", 8.0)
-    assert rate == curve.dp.learning_rate
+    dp, noise = dp_and_noise("silo", 8.0)
+    assert dp == curve.dp
     for kind, epsilon in (("silo", 1.0), ("secure_sum", 0.5)):
-        other_rate, other_noise = rate_and_noise(kind, epsilon)
+        other, other_noise = dp_and_noise(kind, epsilon)
         assert other_noise > noise
-        assert other_rate * other_noise == pytest.approx(rate * noise)
-    assert rate_and_noise("secure_sum", 8.0)[0] == rate  # less noise is no reason for longer steps
+        assert other.learning_rate == pytest.approx(dp.learning_rate * (noise / other_noise) ** 1.5)
+        assert other.histogram_epsilon == pytest.approx(dp.histogram_epsilon * (epsilon / 8) ** 0.5)
+    assert dp_and_noise("secure_sum", 8.0)[0].learning_rate == dp.learning_rate  # less noise: no longer steps
+    assert curve.study("silo", 20.0).dp.histogram_epsilon == dp.histogram_epsilon
     assert plan_of(curve, Point(None, math.inf, 0), site) is None
 
 
