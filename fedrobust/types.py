@@ -94,6 +94,49 @@ LogitsFn = Callable[[jax.Array], jax.Array]
 Attack = Callable[[Key, LogitsFn, jax.Array, jax.Array], jax.Array]
 """`(key, logits_fn, image[B,H,W,C], label[B]) -> image[B,H,W,C]`, still in [0, 1]."""
 
+
+class Answer(NamedTuple):
+    """What the model says about one image that a search asked about.
+
+    Attributes:
+        logits: [L].
+        value: [] the search's objective there, larger is worse for the model; 0 for a search without one.
+        gradient: [H,W,C] of `value` in the image; zeros for a search without an objective.
+    """
+
+    logits: jax.Array
+    value: jax.Array
+    gradient: jax.Array
+
+
+class Search(NamedTuple):
+    """An attack on one image as a state machine that asks about points and is told answers; it never calls the model.
+
+    `fedrobust.attacks.run` drives it over many images at once. A try is one run of the machine; its state is a pytree
+    of fixed shapes.
+
+    Attributes:
+        start: `(key, image[H,W,C], logits[L] at the image, label[], index[] int32 of the try) -> state`. What sets the
+            tries apart, such as a target class, follows from `key` and `index` and is kept in the state.
+        point: `state -> image[H,W,C]` in [0, 1], what to ask about next.
+        learn: `(state, answer) -> state`.
+        ended: `state -> [] bool`, nothing more to ask; a try also ends at its first success and after `num_queries`.
+        objective: `(logits[L], label[], state) -> value[]`, differentiated in the image; None for a black box.
+        inside: `(image, point) -> [] bool`, whether a success at the point counts: in the ball up to float rounding.
+        num_tries: restarts times targets, of each example, >= 1.
+        num_queries: questions of one try, at most, >= 1.
+    """
+
+    start: Callable[[Key, jax.Array, jax.Array, jax.Array, jax.Array], Any]
+    point: Callable[[Any], jax.Array]
+    learn: Callable[[Any, Answer], Any]
+    ended: Callable[[Any], jax.Array]
+    objective: Callable[[jax.Array, jax.Array, Any], jax.Array] | None
+    inside: Callable[[jax.Array, jax.Array], jax.Array]
+    num_tries: int
+    num_queries: int
+
+
 UpdateAttack = Callable[[Key, Params, jax.Array], Params]
 """`(key, updates[K,...], malicious[K]) -> updates[K,...]`."""
 

@@ -1,7 +1,22 @@
 """Attacks: on images at inference time, on the data a client trains on, on the update it sends."""
 
 from fedrobust.attacks.byzantine import UPDATE_ATTACKS, sign_flip
+from fedrobust.attacks.driver import Found, as_attack, run
 from fedrobust.attacks.evasion import NORMS, fgsm, pgd
+from fedrobust.attacks.objectives import OBJECTIVES, Objective
 from fedrobust.attacks.poisoning import adversarial_samples, flip_labels
 
-__all__ = ["NORMS", "UPDATE_ATTACKS", "adversarial_samples", "fgsm", "flip_labels", "pgd", "sign_flip"]
+__all__ = [
+    "NORMS",
+    "OBJECTIVES",
+    "UPDATE_ATTACKS",
+    "Found",
+    "Objective",
+    "adversarial_samples",
+    "as_attack",
+    "fgsm",
+    "flip_labels",
+    "pgd",
+    "run",
+    "sign_flip",
+]

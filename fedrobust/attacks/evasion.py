@@ -1,6 +1,5 @@
 """Attacks at inference time that know the model: FGSM and PGD, compiled whole, one independent problem per example."""
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -10,15 +9,14 @@ import jax.numpy as jnp
 import optax
 
 from fedrobust import check
+from fedrobust.attacks import balls
+from fedrobust.attacks.balls import Radius
 from fedrobust.types import Attack, Key, LogitsFn
 
 NORMS = ("linf", "l2")
 
 Objective = Callable[[jax.Array, jax.Array], jax.Array]
 """`(logits[B,L], label[B]) -> value[B]`, what an attack makes large; every row from its own logits alone."""
-
-Radius = float | jax.Array
-"""A Python number, checked when the attack is built, or a JAX scalar (a warm-up inside `jit`), which is not."""
 
 
 class _Best(NamedTuple):
@@ -144,44 +142,17 @@ def _better(old: _Best, new: _Best) -> _Best:
     )
 
 
-def _direction(norm: str, gradient: jax.Array) -> jax.Array:
-    """The steepest direction of unit length; zero where the gradient is zero or NaN."""
-    gradient = jnp.nan_to_num(gradient)
-    if norm == "linf":
-        return jnp.sign(gradient)
-    largest = jnp.max(jnp.abs(gradient), axis=(1, 2, 3), keepdims=True)
-    # Squares of tiny or huge gradients leave float32: scale first. The clip changes no value; without it XLA moves the
-    # scaling out of the sum of squares again, and gradients of 1e-30 gave NaN (jax 0.10.2, CPU).
-    scaled = jnp.clip(gradient / jnp.where(largest > 0, largest, 1), -1, 1)
-    return scaled / jnp.maximum(_length(scaled), 1)  # the largest entry is 1, or all are 0
+def _start(norm: str, eps: Radius, keys: jax.Array, index: jax.Array, image: jax.Array) -> jax.Array:
+    """A uniform draw from the ball around every image, cut to the box."""
+    return jax.vmap(lambda key, x: balls.start(jax.random.fold_in(key, index), norm, eps, x))(keys, image)
 
 
 def _project(norm: str, eps: Radius, image: jax.Array, x: jax.Array) -> jax.Array:
-    """The closest point to `x` in the ball (then in the box [0, 1], which keeps it in the ball)."""
-    if norm == "linf":
-        return jnp.clip(x, jnp.maximum(image - eps, 0), jnp.minimum(image + eps, 1))
-    delta = x - image
-    shrink = jnp.minimum(1, eps / jnp.maximum(_length(delta), jnp.finfo(x.dtype).tiny))
-    return jnp.clip(image + delta * shrink, 0, 1)
+    return jax.vmap(lambda image, x: balls.project(norm, eps, image, x))(image, x)
 
 
-def _start(norm: str, eps: Radius, keys: jax.Array, index: jax.Array, image: jax.Array) -> jax.Array:
-    """A uniform draw from the ball around every image, cut to the box."""
-
-    def draw(key: Key) -> jax.Array:
-        key = jax.random.fold_in(key, index)
-        shape = image.shape[1:]
-        if norm == "linf":
-            return jax.random.uniform(key, shape, image.dtype, -1, 1)
-        of_direction, of_length = jax.random.split(key)
-        direction = _direction(norm, jax.random.normal(of_direction, (1, *shape), image.dtype))[0]
-        return direction * jax.random.uniform(of_length, (), image.dtype) ** (1 / math.prod(shape))
-
-    return _project(norm, eps, image, image + eps * jax.vmap(draw)(keys))
-
-
-def _length(x: jax.Array) -> jax.Array:
-    return jnp.sqrt(jnp.sum(jnp.square(x), axis=(1, 2, 3), keepdims=True))
+def _direction(norm: str, gradient: jax.Array) -> jax.Array:
+    return jax.vmap(lambda gradient: balls.direction(norm, gradient))(gradient)
 
 
 def _as(row: jax.Array, image: jax.Array) -> jax.Array:
