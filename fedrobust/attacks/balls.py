@@ -5,6 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from fedrobust import check
 from fedrobust.types import Key
 
 NORMS = ("linf", "l2", "l1")
@@ -109,3 +110,9 @@ def inside(norm: str, eps: Radius, image: jax.Array, point: jax.Array) -> jax.Ar
     slack = 1.2e-7 * (delta.size if norm == "l1" else 1)
     limit = jnp.where(eps > 0, eps * (1 + 1e-5) + slack, 0)
     return (length(norm, delta) <= limit) & (jnp.min(point) >= 0) & (jnp.max(point) <= 1)
+
+
+def check_radius(name: str, radius: Radius) -> None:
+    """Requires a finite number >= 0, unless it is a JAX scalar."""
+    if not isinstance(radius, jax.Array):
+        check.non_negative(name, radius)

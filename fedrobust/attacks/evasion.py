@@ -92,8 +92,7 @@ def pgd(
     """
     check.one_of("norm", norm, NORMS)
     for name, radius in (("eps", eps), ("step_size", step_size)):
-        if not isinstance(radius, jax.Array):
-            check.non_negative(name, radius)
+        balls.check_radius(name, radius)
     check.at_least("num_steps", num_steps, 1)
     check.at_least("num_restarts", num_restarts, 1)
     check.require(

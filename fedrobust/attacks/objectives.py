@@ -1,7 +1,7 @@
 """What an attack makes large, from the logits of one image; larger is worse for the model."""
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -84,8 +84,20 @@ def targeted_dlr(logits: jax.Array, label: jax.Array, target: jax.Array) -> jax.
 
 
 def target_class(logits: jax.Array, label: jax.Array, rank: jax.Array) -> jax.Array:
-    """The class of rank 0, 1, ... in the order of falling logits [L], the label [] left out: [] int32."""
+    """The class of rank 0, 1, ... in the order of falling logits [L], the label [] left out: [] int32.
+
+    From rank L - 1 on there is none, and the label comes back: `check_targets` refuses that.
+    """
     return jnp.argsort(-_others(logits, label), stable=True)[rank].astype(jnp.int32)
+
+
+def check_targets(num_targets: int, logits: jax.Array) -> None:
+    """Requires that L classes have `num_targets` others.
+
+    Raises:
+        ValueError: num_targets > L - 1.
+    """
+    check.require(num_targets < len(logits), "num_targets", num_targets, f"<= {len(logits) - 1}, the other classes")
 
 
 def _untargeted(value: Callable[[jax.Array, jax.Array], jax.Array], min_classes: int) -> Objective:
@@ -100,6 +112,26 @@ OBJECTIVES: Mapping[str, Objective] = {
     "targeted_margin": Objective(targeted_margin, True, 2),
     "targeted_dlr": Objective(targeted_dlr, True, 4),
 }
+
+
+def resolve(objective: str | Objective, num_targets: int) -> Objective:
+    """The objective of a search, by its name or as it is.
+
+    Raises:
+        ValueError: an unknown name; num_targets < 1, or > 1 with an objective that has no target.
+    """
+    if not isinstance(objective, Objective):
+        check.one_of("objective", objective, OBJECTIVES)
+        objective = OBJECTIVES[objective]
+    check.at_least("num_targets", num_targets, 1)
+    fits = num_targets == 1 or objective.is_targeted
+    check.require(fits, "num_targets", num_targets, "1 for an objective without a target")
+    return objective
+
+
+def of_state(objective: Objective) -> Callable[[jax.Array, jax.Array, Any], jax.Array]:
+    """The `objective` field of a `Search` whose state has the field `target`."""
+    return lambda logits, label, state: objective.value(logits, label, state.target)
 
 
 def _others(logits: jax.Array, label: jax.Array) -> jax.Array:
