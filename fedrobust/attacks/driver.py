@@ -5,6 +5,7 @@ misclassified are passed over. So the work shrinks as examples break, the model 
 shape, and memory does not grow with steps or tries.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -66,8 +67,8 @@ class _Game(NamedTuple):
     turn: Callable[[_Jobs], _Jobs]
 
 
-Ask = Callable[[Key, jax.Array, jax.Array, Any], Answer]
-"""`(keys[B], point[B,H,W,C], label[B], state) -> Answer` with rows [B]."""
+Ask = Callable[[tuple[jax.Array, jax.Array, jax.Array], jax.Array, jax.Array, Any], Answer]
+"""`((example[B], try[B], question[B]), point[B,H,W,C], label[B], state) -> Answer` with rows [B]."""
 
 Run = Callable[[Key, Callable[..., jax.Array], jax.Array, jax.Array, jax.Array], Found]
 """`(key, logits_fn, image[N,H,W,C], label[N], todo[N] bool) -> Found`."""
@@ -108,9 +109,9 @@ def run(search: Search, *, num_slots: int, compact: bool = True, num_samples: in
         chex.assert_equal_shape_prefix([image, label, todo], 1)
         image, label, todo = map(jnp.asarray, (image, label, todo))
         num, num_tries = len(label), search.num_tries
-        ask = _ask(search, trace.fast_convolutions(logits_fn), num_samples)
+        ask = _ask(search, key, trace.fast_convolutions(logits_fn), num_samples)
         width = min(num_slots, num * num_tries) if compact else num
-        logits = _clean(ask, key, image, label, todo, width)
+        logits = _clean(ask, image, label, todo, width, num_tries)
         winner = jnp.where(todo & _is_wrong(logits, label), -1, num_tries)
         board = _Board(
             image,
@@ -120,7 +121,7 @@ def run(search: Search, *, num_slots: int, compact: bool = True, num_samples: in
             jnp.zeros((num, num_tries), jnp.int32),
         )
         game = _game(search, ask, key, image, label, logits)
-        board = (_compacted if compact else _in_step)(search, game, board, todo, width)
+        board = (_compacted if compact else _in_step)(search, game, board, todo, width, key)
         counted = jnp.arange(num_tries) <= board.winner[:, None]
         num_queries = (todo + jnp.sum(board.asked * counted, axis=1)) * (num_samples or 1)
         return Found(board.image, board.winner < num_tries, num_queries)
@@ -137,7 +138,9 @@ def as_attack(search: Search) -> Attack:
     return attack
 
 
-def _ask(search: Search, logits_fn: Callable[..., jax.Array], num_samples: int | None) -> Ask:
+def _ask(search: Search, key: Key, logits_fn: Callable[..., jax.Array], num_samples: int | None) -> Ask:
+    stream = keys.stream(key, "model")
+
     def once(key: Key | None, point: jax.Array, label: jax.Array, state: Any) -> Answer:
         def model(x: jax.Array) -> jax.Array:
             if key is None:
@@ -157,33 +160,40 @@ def _ask(search: Search, logits_fn: Callable[..., jax.Array], num_samples: int |
         gradient, (logits, values) = jax.grad(total, has_aux=True)(point)
         return Answer(logits, values, gradient)
 
-    def mean(key: Key, point: jax.Array, label: jax.Array, state: Any) -> Answer:
-        def add(answer: Answer, sample: jax.Array) -> tuple[Answer, None]:
-            new = once(jax.vmap(jax.random.fold_in, (0, None))(key, sample), point, label, state)
-            return jax.tree.map(jnp.add, answer, new), None
+    def mean(question: tuple[jax.Array, ...], point: jax.Array, label: jax.Array, state: Any) -> Answer:
+        def draw(sample: jax.Array) -> Answer:
+            draws = jax.vmap(lambda *numbers: functools.reduce(jax.random.fold_in, (*numbers, sample), stream))(
+                *question
+            )
+            return once(draws, point, label, state)
 
-        shapes = jax.eval_shape(once, key, point, label, state)
+        def add(answer: Answer, sample: jax.Array) -> tuple[Answer, None]:
+            return jax.tree.map(jnp.add, answer, draw(sample)), None
+
+        shapes = jax.eval_shape(draw, jnp.int32(0))
         zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         answer, _ = lax.scan(add, zero, jnp.arange(num_samples))
         return jax.tree.map(lambda x: x / num_samples, answer)
 
-    return mean if num_samples else lambda key, point, label, state: once(None, point, label, state)
+    return mean if num_samples else lambda _, point, label, state: once(None, point, label, state)
 
 
-def _clean(ask: Ask, key: Key, image: jax.Array, label: jax.Array, todo: jax.Array, width: int) -> jax.Array:
+def _clean(ask: Ask, image: jax.Array, label: jax.Array, todo: jax.Array, width: int, num_tries: int) -> jax.Array:
     """The logits [N,L] at the images to attack, others 0, in batches of `width`."""
     num = len(label)
     size = min(width, num)
     order = jnp.nonzero(todo, size=num + size, fill_value=num)[0]  # a whole batch may start at the last example
-    question = jax.vmap(lambda i: jax.random.fold_in(keys.stream(key, "clean"), i))
+
+    def logits_of(rows: jax.Array) -> jax.Array:
+        none = jnp.zeros(size, jnp.int32)
+        return ask((rows, none + num_tries, none), image[rows], label[rows], None).logits
 
     def batch(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         begin, logits = carry
         rows = lax.dynamic_slice(order, (begin,), (size,))
-        at = jnp.minimum(rows, num - 1)
-        return begin + size, logits.at[rows].set(ask(question(at), image[at], label[at], None).logits, mode="drop")
+        return begin + size, logits.at[rows].set(logits_of(jnp.minimum(rows, num - 1)), mode="drop")
 
-    shape = jax.eval_shape(lambda x: ask(question(jnp.arange(size)), x, label[:size], None).logits, image[:size])
+    shape = jax.eval_shape(logits_of, jnp.zeros(size, jnp.int32))
     none = jnp.zeros((num, shape.shape[1]), shape.dtype)
     return lax.while_loop(lambda carry: carry[0] < jnp.sum(todo), batch, (jnp.int32(0), none))[1]
 
@@ -199,13 +209,9 @@ def _game(search: Search, ask: Ask, key: Key, image: jax.Array, label: jax.Array
         value = jnp.full(example.shape, -jnp.inf)
         return _Jobs(example, index, is_open, x, label[example], state, none, x, value, none > 0)
 
-    def question(example: jax.Array, index: jax.Array, count: jax.Array) -> Key:
-        of_example = jax.random.fold_in(keys.stream(key, "model"), example)
-        return jax.random.fold_in(jax.random.fold_in(of_example, index), count)
-
     def turn(jobs: _Jobs) -> _Jobs:
         point = jax.vmap(search.point)(jobs.state)
-        answer = ask(jax.vmap(question)(jobs.example, jobs.attempt, jobs.asked), point, jobs.label, jobs.state)
+        answer = ask((jobs.example, jobs.attempt, jobs.asked), point, jobs.label, jobs.state)
         black_box = search.objective is None
         value = jax.vmap(objectives.margin)(answer.logits, jobs.label) if black_box else answer.value
         counts = jobs.open & jax.vmap(search.inside)(jobs.image, point)
@@ -227,7 +233,7 @@ def _game(search: Search, ask: Ask, key: Key, image: jax.Array, label: jax.Array
     return _Game(begin, turn)
 
 
-def _in_step(search: Search, game: _Game, board: _Board, todo: jax.Array, width: int) -> _Board:
+def _in_step(search: Search, game: _Game, board: _Board, todo: jax.Array, width: int, _: Key) -> _Board:
     """All examples side by side, try after try."""
 
     def attempt(board: _Board, index: jax.Array) -> tuple[_Board, None]:
@@ -239,7 +245,7 @@ def _in_step(search: Search, game: _Game, board: _Board, todo: jax.Array, width:
     return lax.scan(attempt, board, jnp.arange(search.num_tries))[0]
 
 
-def _compacted(search: Search, game: _Game, board: _Board, todo: jax.Array, width: int) -> _Board:
+def _compacted(search: Search, game: _Game, board: _Board, todo: jax.Array, width: int, key: Key) -> _Board:
     """Slots filled from the queue; see the module's first lines."""
     num, num_tries = len(todo), search.num_tries
 
@@ -273,8 +279,19 @@ def _compacted(search: Search, game: _Game, board: _Board, todo: jax.Array, widt
         moot = board.winner[after.example] < after.attempt  # an earlier try has a success
         return after._replace(open=after.open & ~moot), board, index, begin
 
-    idle = game.begin(jnp.zeros(width, jnp.int32), jnp.zeros(width, jnp.int32), jnp.zeros(width, bool))
+    none = jnp.zeros(width, jnp.int32)
+    idle = _blank(key, jax.eval_shape(game.begin, none, none, none > 0))
     return lax.while_loop(is_going, body, (idle, board, jnp.int32(0), jnp.int32(0)))[1]
+
+
+def _blank(key: Key, shapes: Any) -> Any:
+    """Zeros, all slots closed; any key where a state holds keys."""
+
+    def leaf(x: jax.ShapeDtypeStruct) -> jax.Array:
+        is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+        return jnp.broadcast_to(key, x.shape) if is_key else jnp.zeros(x.shape, x.dtype)
+
+    return jax.tree.map(leaf, shapes)
 
 
 def _merge(board: _Board, jobs: _Jobs, over: jax.Array, num_tries: int) -> _Board:
