@@ -121,30 +121,39 @@ def test_no_example_feels_another():
     assert not np.asarray(other.wrong)[[2, 9, 11]].any()
 
 
-def counted(todo, image=IMAGE, **settings):
+ROWS = []
+
+
+def watched(x):
+    jax.debug.callback(lambda x: ROWS.append(len(x)), x[:, 0, 0, 0])
+    return curved(x)
+
+
+@functools.cache
+def watched_program(compact):
+    search = run(toy(), num_slots=1, compact=compact)
+    return jax.jit(lambda todo: search(KEY, watched, IMAGE, LABEL, todo))
+
+
+def counted(todo, compact=True):
     """How many images the model was asked about, and what was found."""
-    rows = []
-
-    def logits_fn(x):
-        jax.debug.callback(lambda x: rows.append(len(x)), x[:, 0, 0, 0])
-        return curved(x)
-
-    found = jax.jit(lambda todo: run(toy(), **settings)(KEY, logits_fn, image, LABEL, todo))(todo)
+    ROWS.clear()
+    found = watched_program(compact)(todo)
     jax.effects_barrier()
-    return sum(rows), found
+    return sum(ROWS), found
 
 
 def test_what_is_not_to_be_attacked_costs_nothing_and_comes_back_untouched():
-    asked, found = counted(np.zeros(NUM, bool), num_slots=4)
+    asked, found = counted(np.zeros(NUM, bool))
     assert asked == 0
     assert not found.wrong.any() and not found.num_queries.any()
     np.testing.assert_array_equal(found.image, IMAGE)
 
 
 def test_num_queries_counts_the_images_that_the_model_saw():
-    asked, found = counted(TODO, num_slots=1)
+    asked, found = counted(TODO)
     assert asked == int(found.num_queries.sum())
-    in_step, _ = counted(TODO, num_slots=1, compact=False)
+    in_step, _ = counted(TODO, compact=False)
     assert asked < 0.7 * in_step == 0.7 * NUM * (1 + NUM_TRIES * NUM_QUERIES)
 
 
