@@ -108,7 +108,7 @@ def fab(
     def learn(state: _State, answer: Answer) -> _State:
         has_stepped = (state.num_steps == num_steps) & ~state.is_candidate
         new = _remember(norm, state, answer)
-        goes_back = state.is_candidate & (jnp.argmax(answer.logits) != state.label)
+        goes_back = state.is_candidate & _is_wrong(state, answer)
         ends = state.num_steps == num_steps
         stepped = _step(norm, state, answer, alpha_max=alpha_max, eta=eta)
         back = state.image + beta * (state.point - state.image)
@@ -199,8 +199,7 @@ def _level(slope: jax.Array, kink: jax.Array, reach: jax.Array, need: jax.Array)
         target = (need - jnp.sum(jnp.where(is_full, reach, 0))) / jnp.where(rise > 0, rise, 1)
         return level, jnp.where(rise > 0, jnp.maximum(level, target), level)
 
-    zero = jnp.zeros((), slope.dtype)
-    return jax.lax.while_loop(go_on, step, step((zero, zero)))[1]
+    return jax.lax.while_loop(go_on, step, (-jnp.ones((), slope.dtype), jnp.zeros((), slope.dtype)))[1]
 
 
 def _greedy(size: jax.Array, room: jax.Array, need: jax.Array) -> jax.Array:
@@ -216,8 +215,9 @@ def _greedy(size: jax.Array, room: jax.Array, need: jax.Array) -> jax.Array:
 def _step(norm: str, state: _State, answer: Answer, *, alpha_max: float, eta: float) -> jax.Array:
     """The convex combination of the two projections, each overshot by eta."""
     offset = jnp.sum(jnp.nan_to_num(answer.gradient) * (state.image - state.point))
-    here = nearest(norm, state.point, answer.gradient, -answer.value)
-    clean = nearest(norm, state.image, answer.gradient, -(answer.value + offset))
+    points = jnp.stack([state.point, state.image])
+    gaps = -jnp.stack([answer.value, answer.value + offset])
+    here, clean = jax.vmap(nearest, (None, 0, None, 0))(norm, points, answer.gradient, gaps)
     length, length_clean = balls.length(norm, here), balls.length(norm, clean)
     total = length + length_clean
     alpha = jnp.minimum(jnp.where(total > 0, length / jnp.where(total > 0, total, 1), 1), alpha_max)
@@ -225,10 +225,15 @@ def _step(norm: str, state: _State, answer: Answer, *, alpha_max: float, eta: fl
     return jnp.clip(mixed, 0, 1)
 
 
+def _is_wrong(state: _State, answer: Answer) -> jax.Array:
+    """Whether the model errs; not with NaN logits."""
+    return (jnp.argmax(answer.logits) != state.label) & ~jnp.any(jnp.isnan(answer.logits))
+
+
 def _remember(norm: str, state: _State, answer: Answer) -> _State:
     """The state with its closest misclassified point renewed."""
     length = balls.length(norm, state.point - state.image)
-    closer = (jnp.argmax(answer.logits) != state.label) & (length < state.best_length)
+    closer = _is_wrong(state, answer) & (length < state.best_length)
     return state._replace(
         best=jnp.where(closer, state.point, state.best),
         best_length=jnp.where(closer, length, state.best_length),
@@ -241,7 +246,7 @@ def _remember(norm: str, state: _State, answer: Answer) -> _State:
 def _fraction(state: _State) -> jax.Array:
     """Where a margin that is linear between the ends of the final search is 0, as a fraction of the way to `best`."""
     rise = state.high_margin - state.low_margin
-    share = jnp.clip(-state.low_margin / jnp.where(rise > 0, rise, 1), 0, 1)
+    share = jnp.where(rise > 0, jnp.clip(-state.low_margin / jnp.where(rise > 0, rise, 1), 0, 1), 0.5)
     return state.low + share * (state.high - state.low)
 
 
@@ -251,7 +256,7 @@ def _between(state: _State) -> jax.Array:
 
 def _narrow(state: _State, answer: Answer) -> _State:
     """One step of the final search: the point that was asked about becomes the end of its own side."""
-    middle, is_wrong = _fraction(state), jnp.argmax(answer.logits) != state.label
+    middle, is_wrong = _fraction(state), _is_wrong(state, answer)
     margin = objectives.margin(answer.logits, state.label).astype(state.low.dtype)
     state = state._replace(
         low=jnp.where(is_wrong, state.low, middle),

@@ -54,6 +54,8 @@ def path(search, logits_fn, image, label, key=KEY, index=0):
 
 # The projection.
 
+project = jax.jit(nearest, static_argnums=0)
+
 
 def random_problem(seed, num):
     """A point with pixels on the edge of the box, a normal with zeros and of any scale, a gap that can be out of reach."""
@@ -61,9 +63,10 @@ def random_problem(seed, num):
     point = np.clip(rng.uniform(-0.3, 1.3, num), 0, 1).astype(np.float32)
     scale = 10.0 ** rng.integers(-6, 7)
     normal = (rng.normal(size=num) * (rng.uniform(size=num) < 0.8) * scale).astype(np.float32)
-    reach = np.abs(normal * np.where(normal > 0, 1 - point, point)).sum(), np.abs(
-        normal * np.where(normal > 0, point, 1 - point)
-    ).sum()
+    reach = (
+        np.abs(normal * np.where(normal > 0, 1 - point, point)).sum(),
+        np.abs(normal * np.where(normal > 0, point, 1 - point)).sum(),
+    )
     up = rng.uniform() < 0.5
     return point, normal, np.float32((reach[0] if up else -reach[1]) * rng.uniform(0, 1.2)), reach[0 if up else 1]
 
@@ -107,11 +110,10 @@ def solved(norm, point, normal, gap):
 @pytest.mark.parametrize("norm", NORMS)
 def test_nearest_equals_the_solution_of_the_program(norm):
     """100 problems a norm. Without the box the lengths differ by more than 1 % in most of them."""
-    project = jax.jit(functools.partial(nearest, norm))
     num_solved = num_out_of_reach = 0
     for seed in range(100):
         point, normal, gap, reach = random_problem(seed, 9)
-        change = np.asarray(project(point, normal, gap), np.float64)
+        change = np.asarray(project(norm, point, normal, gap), np.float64)
         assert ((point + change >= -1e-6) & (point + change <= 1 + 1e-6)).all()
         if abs(gap) >= reach * (1 - 1e-5):
             num_out_of_reach += 1
@@ -130,17 +132,17 @@ def test_nearest_equals_the_solution_of_the_program(norm):
 def test_nearest_by_hand():
     point, normal = jnp.asarray([0.5, 0.9, 0.0]), jnp.asarray([1.0, 2.0, -1.0])
     # room 0.5, 0.1 and 0 upwards
-    np.testing.assert_allclose(nearest("linf", point, normal, 0.5), [0.3, 0.1, 0], atol=1e-6)
-    np.testing.assert_allclose(nearest("l2", point, normal, 0.25), [0.05, 0.1, 0], atol=1e-6)
-    np.testing.assert_allclose(nearest("l1", point, normal, 0.1), [0, 0.05, 0], atol=1e-6)
-    np.testing.assert_allclose(nearest("l1", point, normal, 0.3), [0.1, 0.1, 0], atol=1e-6)
-    np.testing.assert_allclose(nearest("linf", point, normal, -0.4), [-0.1, -0.1, 0.1], atol=1e-6)
+    np.testing.assert_allclose(project("linf", point, normal, 0.5), [0.3, 0.1, 0], atol=1e-6)
+    np.testing.assert_allclose(project("l2", point, normal, 0.25), [0.05, 0.1, 0], atol=1e-6)
+    np.testing.assert_allclose(project("l1", point, normal, 0.1), [0, 0.05, 0], atol=1e-6)
+    np.testing.assert_allclose(project("l1", point, normal, 0.3), [0.1, 0.1, 0], atol=1e-6)
+    np.testing.assert_allclose(project("linf", point, normal, -0.4), [-0.1, -0.1, 0.1], atol=1e-6)
     for norm in NORMS:
-        np.testing.assert_allclose(nearest(norm, point, normal, 9.0), [0.5, 0.1, 0], atol=1e-6)
-        np.testing.assert_array_equal(nearest(norm, point, 0 * normal, 1.0), 0)
-        np.testing.assert_array_equal(nearest(norm, point, normal, 0.0), 0)
-        np.testing.assert_array_equal(nearest(norm, point, normal * jnp.nan, 1.0), 0)
-        np.testing.assert_array_equal(nearest(norm, point, normal, jnp.nan), 0)
+        np.testing.assert_allclose(project(norm, point, normal, 9.0), [0.5, 0.1, 0], atol=1e-6)
+        np.testing.assert_array_equal(project(norm, point, 0 * normal, 1.0), 0)
+        np.testing.assert_array_equal(project(norm, point, normal, 0.0), 0)
+        np.testing.assert_array_equal(project(norm, point, normal * jnp.nan, 1.0), 0)
+        np.testing.assert_array_equal(project(norm, point, normal, jnp.nan), 0)
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -196,7 +198,7 @@ def oracle(norm, image, label, target, num_classes, *, first, num_steps, alpha_m
         return {"linf": np.abs(x).max, "l2": lambda: np.sqrt((x**2).sum()), "l1": np.abs(x).sum}[norm]()
 
     x0, x, points, best = image.ravel(), first.ravel(), [first.ravel()], (np.inf, None)
-    for _ in range(num_steps):
+    for step in range(num_steps):
         _, value, gradient = model(x)
         here = oracle_nearest(norm, x, gradient, -value)
         clean = oracle_nearest(norm, x0, gradient, -(value + gradient @ (x0 - x)))
@@ -207,8 +209,8 @@ def oracle(norm, image, label, target, num_classes, *, first, num_steps, alpha_m
             best = min(best, (size(x - x0), x), key=lambda pair: pair[0])
             x = x0 + beta * (x - x0)
             points.append(x)
-            if model(x)[0].argmax() != label:
-                best = size(x - x0), x
+            if step < num_steps - 1 and model(x)[0].argmax() != label:  # nobody asks about the very last
+                best = min(best, (size(x - x0), x), key=lambda pair: pair[0])
     return points, best
 
 
@@ -240,3 +242,118 @@ def test_fab_equals_a_numpy_loop(norm, num_classes):
 @functools.cache
 def curved_once(num_classes):
     return curved(num_classes)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_fab_breaks_exactly_the_images_that_a_linear_model_of_two_classes_gives_up(norm):
+    """The least change is the solution of a program; images within 2 % of the radius are left out."""
+    weight, image = np.random.default_rng(2).normal(size=(12, 2)).astype(np.float32), images(64, 8)
+    logits = image.reshape(64, -1) @ weight
+    label, normal = logits.argmax(1), weight[:, 1] - weight[:, 0]
+    gap = logits[:, 0] - logits[:, 1]  # what z_1 - z_0 has to gain to be 0
+    least = np.array(
+        [length(norm, oracle_nearest(norm, x.ravel(), normal, g)) for x, g in zip(image, gap, strict=True)]
+    )
+    eps = float(np.median(least))
+    search = attack_of(norm, eps)
+    found = jax.jit(
+        lambda x, y: run(search, num_slots=16)(KEY, lambda x: x.reshape(len(x), -1) @ weight, x, y, y >= 0)
+    )(image, label)
+    clear = np.abs(least / eps - 1) > 0.02
+    assert clear.sum() > 50
+    np.testing.assert_array_equal(np.asarray(found.wrong)[clear], (least < eps)[clear])
+    moved = np.asarray(found.image, np.float64) - image
+    assert all(length(norm, d) <= eps * (1 + 2e-5) + 2e-6 for d in moved[np.asarray(found.wrong)])
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_points_stay_in_the_box_and_do_not_depend_on_the_scale_of_the_logits(norm):
+    image, search = images(4, 3), attack_of(norm, num_steps=5, num_targets=2)
+    label = np.asarray(curved(3)(image)).argmax(1)
+    for i in range(4):
+        (points, *_), (scaled, *_) = (path(search, model, image[i], label[i]) for model in (curved_once(3), loud))
+        assert points.min() >= 0 and points.max() <= 1
+        np.testing.assert_allclose(points, scaled, atol=1e-4)
+
+
+def loud(x):
+    return 1024 * curved_once(3)(x)
+
+
+@pytest.mark.parametrize("bad", ["flat", "nan"])
+def test_without_a_gradient_the_point_stays_and_nothing_is_nan(bad):
+    def model(x):
+        return {"flat": jnp.zeros((len(x), 3)), "nan": jnp.full((len(x), 3), jnp.nan)}[bad] + 0 * jnp.sum(x)
+
+    image, search = images(1), attack_of(num_targets=2)
+    points, ended, _ = path(search, model, image[0], 0)
+    np.testing.assert_allclose(points, np.broadcast_to(image, points.shape), atol=1e-7)
+    assert ended[7:].all()
+
+
+def test_a_try_ends_after_its_steps_and_its_final_search():
+    image, search = images(12, 3), attack_of("l2", num_steps=4, num_targets=2, num_final_steps=3)
+    label = np.asarray(curved(3)(image)).argmax(1)
+    ends = set()
+    for x, y in zip(image, label, strict=True):
+        points, ended, state = path(search, curved_once(3), x, y)
+        assert search.num_queries == len(points) == 11
+        first = int(np.argmax(ended)) if ended.any() else len(points)
+        ends.add(first)
+        assert ended[first:].all() and state.num_steps == 4
+        if np.isfinite(state.best_length):  # the last three halve what was left of the way to the boundary
+            final = np.asarray(points)[first - 3 : first]
+            assert all(length("l2", p - x) <= state.best_length * (1 + 1e-6) for p in final)
+            margins = [np.sort(z)[-1] - z[y] for z in np.asarray(curved(3)(final))]
+            assert state.low <= state.high <= 1 and min(np.abs(margins)) <= 1e-2
+    assert len(ends) > 1  # ways back take questions of their own
+
+
+def test_a_success_outside_the_ball_does_not_count():
+    image = images(16, 3)
+    label = np.asarray(curved(3)(image)).argmax(1)
+
+    @jax.jit
+    def attack(eps):
+        search = attack_of(eps=eps, num_targets=2)
+        return run(search, num_slots=16)(KEY, curved(3), image, label, label >= 0)
+
+    wrong = [np.asarray(attack(eps).wrong) for eps in (0.0, 0.02, 0.1, 1.0)]
+    assert not wrong[0].any() and wrong[3].all()
+    assert wrong[1].sum() < wrong[2].sum() < 16
+    for eps in (0.02, 0.1):
+        assert np.abs(np.asarray(attack(eps).image) - image).max() <= eps * (1 + 2e-5) + 2e-7
+    assert attack._cache_size() == 1
+
+
+def test_targets_are_the_other_classes_from_the_likeliest_down():
+    search = attack_of(num_targets=3, num_restarts=2)
+    logits, image = jnp.asarray([0.1, 3.0, 2.0, -1.0]), jnp.zeros(SHAPE)
+    targets = [int(search.start(KEY, image, logits, jnp.int32(1), jnp.int32(i)).target) for i in range(6)]
+    assert search.num_tries == 6 and targets == [2, 0, 3, 2, 0, 3]
+
+
+@pytest.mark.parametrize(
+    ("setting", "bad"),
+    [
+        ("norm", "l3"),
+        ("eps", -0.1),
+        ("eps", float("nan")),
+        ("num_steps", 0),
+        ("num_targets", 0),
+        ("num_restarts", 0),
+        ("alpha_max", 1.5),
+        ("eta", 0.0),
+        ("beta", 1.0),
+        ("num_final_steps", -1),
+    ],
+)
+def test_a_bad_setting_is_named(setting, bad):
+    with pytest.raises(ValueError, match=f"^{setting} is "):
+        attack_of(**{setting: bad})
+
+
+def test_more_targets_than_other_classes_are_refused():
+    search = attack_of(num_targets=3)
+    with pytest.raises(ValueError, match=r"^num_targets is 3: must be <= 2, the other classes$"):
+        search.start(KEY, jnp.zeros(SHAPE), jnp.zeros(3), jnp.int32(0), jnp.int32(0))
