@@ -58,7 +58,7 @@ project = jax.jit(nearest, static_argnums=0)
 
 
 def random_problem(seed, num):
-    """A point with pixels on the edge of the box, a normal with zeros and of any scale, a gap that can be out of reach."""
+    """A point with pixels on the edge of the box, a normal with zeros and of any scale, a gap perhaps out of reach."""
     rng = np.random.default_rng(seed)
     point = np.clip(rng.uniform(-0.3, 1.3, num), 0, 1).astype(np.float32)
     scale = 10.0 ** rng.integers(-6, 7)
@@ -230,7 +230,7 @@ def test_fab_equals_a_numpy_loop(norm, num_classes):
             if index < num_targets:
                 np.testing.assert_array_equal(first, image[i])
             else:  # the start of a restart is the draw's
-                assert 0 < np.linalg.norm(first - image[i]) and length(norm, first - image[i]) <= 0.05 + 1e-6
+                assert np.linalg.norm(first - image[i]) > 0 and length(norm, first - image[i]) <= 0.05 + 1e-6
             expected, (best, _) = oracle(norm, image[i], label[i], target, num_classes, first=first, num_steps=5)
             found = np.asarray(points).reshape(len(points), -1)[: len(expected) - 1]
             np.testing.assert_allclose(found, expected[:-1][: len(found)], atol=2e-4)
@@ -256,19 +256,20 @@ def test_fab_breaks_exactly_the_images_that_a_linear_model_of_two_classes_gives_
     )
     eps = float(np.median(least))
     search = attack_of(norm, eps)
-    found = jax.jit(
-        lambda x, y: run(search, num_slots=16)(KEY, lambda x: x.reshape(len(x), -1) @ weight, x, y, y >= 0)
-    )(image, label)
+
+    def model(x):
+        return x.reshape(len(x), -1) @ weight
+
+    points, _, _ = jax.vmap(lambda x, y: path(search, model, x, y))(image, label)
+    wrong = np.asarray(model(points.reshape(-1, 12))).reshape(64, -1, 2).argmax(2) != label[:, None]
+    broken = (wrong & np.asarray(jax.vmap(jax.vmap(search.inside, (None, 0)))(image, points))).any(1)
     clear = np.abs(least / eps - 1) > 0.02
     assert clear.sum() > 50
-    np.testing.assert_array_equal(np.asarray(found.wrong)[clear], (least < eps)[clear])
-    moved = np.asarray(found.image, np.float64) - image
-    assert all(length(norm, d) <= eps * (1 + 2e-5) + 2e-6 for d in moved[np.asarray(found.wrong)])
+    np.testing.assert_array_equal(broken[clear], (least < eps)[clear])
 
 
-@pytest.mark.parametrize("norm", NORMS)
-def test_points_stay_in_the_box_and_do_not_depend_on_the_scale_of_the_logits(norm):
-    image, search = images(4, 3), attack_of(norm, num_steps=5, num_targets=2)
+def test_points_stay_in_the_box_and_do_not_depend_on_the_scale_of_the_logits():
+    image, search = images(4, 3), attack_of("l2", num_steps=5, num_targets=2)
     label = np.asarray(curved(3)(image)).argmax(1)
     for i in range(4):
         (points, *_), (scaled, *_) = (path(search, model, image[i], label[i]) for model in (curved_once(3), loud))
