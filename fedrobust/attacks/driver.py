@@ -67,10 +67,10 @@ class _Game(NamedTuple):
     turn: Callable[[_Jobs], _Jobs]
 
 
-Ask = Callable[[tuple[jax.Array, jax.Array, jax.Array], jax.Array, jax.Array, Any], Answer]
-"""`((example[B], try[B], question[B]), point[B,H,W,C], label[B], state) -> Answer` with rows [B]."""
+Ask = Callable[[tuple[jax.Array, jax.Array, jax.Array], jax.Array, jax.Array, Any], tuple[jax.Array, Answer]]
+"""`((example[B], try[B], question[B]), point[B,H,W,C], label[B], state) -> (logits that count [B,L], Answer [B])`."""
 
-Run = Callable[[Key, Callable[..., jax.Array], jax.Array, jax.Array, jax.Array], Found]
+Run = Callable[[Key, Callable[..., Any], jax.Array, jax.Array, jax.Array], Found]
 """`(key, logits_fn, image[N,H,W,C], label[N], todo[N] bool) -> Found`."""
 
 
@@ -87,6 +87,7 @@ def run(search: Search, *, num_slots: int, compact: bool = True, num_samples: in
 
     Returns:
         `(key, logits_fn, image[N,H,W,C] in [0, 1], label[N], todo[N] bool) -> Found`, to be compiled as one program.
+        `logits_fn` may give a pair of logits: the first are judged, the search sees the second (see `transfer`).
 
     Raises:
         ValueError: a number out of range.
@@ -102,9 +103,7 @@ def run(search: Search, *, num_slots: int, compact: bool = True, num_samples: in
     if num_samples is not None:
         check.at_least("num_samples", num_samples, 1)
 
-    def attack(
-        key: Key, logits_fn: Callable[..., jax.Array], image: jax.Array, label: jax.Array, todo: jax.Array
-    ) -> Found:
+    def attack(key: Key, logits_fn: Callable[..., Any], image: jax.Array, label: jax.Array, todo: jax.Array) -> Found:
         chex.assert_rank([image, label, todo], [4, 1, 1])
         chex.assert_equal_shape_prefix([image, label, todo], 1)
         image, label, todo = map(jnp.asarray, (image, label, todo))
@@ -138,42 +137,46 @@ def as_attack(search: Search) -> Attack:
     return attack
 
 
-def _ask(search: Search, key: Key, logits_fn: Callable[..., jax.Array], num_samples: int | None) -> Ask:
+def _ask(search: Search, key: Key, logits_fn: Callable[..., Any], num_samples: int | None) -> Ask:
     stream = keys.stream(key, "model")
 
-    def once(key: Key | None, point: jax.Array, label: jax.Array, state: Any) -> Answer:
-        def model(x: jax.Array) -> jax.Array:
+    def once(key: Key | None, point: jax.Array, label: jax.Array, state: Any) -> tuple[jax.Array, Answer]:
+        def model(x: jax.Array) -> tuple[jax.Array, jax.Array]:
             if key is None:
-                return logits_fn(x)
-            return jax.vmap(lambda k, x: logits_fn(k, x[None])[0])(key, x)
+                logits = logits_fn(x)
+            else:
+                logits = jax.tree.map(lambda z: z[:, 0], jax.vmap(lambda k, x: logits_fn(k, x[None]))(key, x))
+            return logits if isinstance(logits, tuple) else (logits, logits)
 
         objective = search.objective
         if objective is None or state is None:
-            logits = model(point)
-            return Answer(logits, jnp.zeros(len(point), logits.dtype), jnp.zeros_like(point))
+            judged, logits = model(point)
+            return judged, Answer(logits, jnp.zeros(len(point), logits.dtype), jnp.zeros_like(point))
 
-        def total(x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-            logits = model(x)
+        def total(x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
+            judged, logits = model(x)
             values = jax.vmap(objective)(logits, label, state)
-            return jnp.sum(values), (logits, values)
+            return jnp.sum(values), (judged, logits, values)
 
-        gradient, (logits, values) = jax.grad(total, has_aux=True)(point)
-        return Answer(logits, values, gradient)
+        gradient, (judged, logits, values) = jax.grad(total, has_aux=True)(point)
+        return judged, Answer(logits, values, gradient)
 
-    def mean(question: tuple[jax.Array, ...], point: jax.Array, label: jax.Array, state: Any) -> Answer:
-        def draw(sample: jax.Array) -> Answer:
+    def mean(
+        question: tuple[jax.Array, ...], point: jax.Array, label: jax.Array, state: Any
+    ) -> tuple[jax.Array, Answer]:
+        def draw(sample: jax.Array) -> tuple[jax.Array, Answer]:
             draws = jax.vmap(lambda *numbers: functools.reduce(jax.random.fold_in, (*numbers, sample), stream))(
                 *question
             )
             return once(draws, point, label, state)
 
-        def add(answer: Answer, sample: jax.Array) -> tuple[Answer, None]:
-            return jax.tree.map(jnp.add, answer, draw(sample)), None
+        def add(total: Any, sample: jax.Array) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, draw(sample)), None
 
         shapes = jax.eval_shape(draw, jnp.int32(0))
         zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        answer, _ = lax.scan(add, zero, jnp.arange(num_samples))
-        return jax.tree.map(lambda x: x / num_samples, answer)
+        total, _ = lax.scan(add, zero, jnp.arange(num_samples))
+        return jax.tree.map(lambda x: x / num_samples, total)
 
     return mean if num_samples else lambda _, point, label, state: once(None, point, label, state)
 
@@ -186,7 +189,7 @@ def _clean(ask: Ask, image: jax.Array, label: jax.Array, todo: jax.Array, width:
 
     def logits_of(rows: jax.Array) -> jax.Array:
         none = jnp.zeros(size, jnp.int32)
-        return ask((rows, none + num_tries, none), image[rows], label[rows], None).logits
+        return ask((rows, none + num_tries, none), image[rows], label[rows], None)[0]
 
     def batch(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         begin, logits = carry
@@ -211,12 +214,12 @@ def _game(search: Search, ask: Ask, key: Key, image: jax.Array, label: jax.Array
 
     def turn(jobs: _Jobs) -> _Jobs:
         point = jax.vmap(search.point)(jobs.state)
-        answer = ask((jobs.example, jobs.attempt, jobs.asked), point, jobs.label, jobs.state)
+        judged, answer = ask((jobs.example, jobs.attempt, jobs.asked), point, jobs.label, jobs.state)
         black_box = search.objective is None
-        value = jax.vmap(objectives.margin)(answer.logits, jobs.label) if black_box else answer.value
+        value = jax.vmap(objectives.margin)(judged, jobs.label) if black_box else answer.value
         counts = jobs.open & jax.vmap(search.inside)(jobs.image, point)
         moved = jnp.any(point != jobs.image, axis=(1, 2, 3))  # the clean image has been judged
-        won = counts & moved & _is_wrong(answer.logits, jobs.label)
+        won = counts & moved & _is_wrong(judged, jobs.label)
         better = won | (counts & (value > jobs.value))
         state = jax.vmap(search.learn)(jobs.state, answer)
         asked = jobs.asked + jobs.open

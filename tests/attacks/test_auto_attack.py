@@ -1,0 +1,118 @@
+"""What the published sets hold, what stands in for two and three classes, and attacks by way of a twin."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fedrobust.attacks import auto_attack, auto_pgd, momentum_pgd, run, transfer, with_gradient_of
+
+SHAPE = (4, 3, 1)
+KEY = jax.random.key(2)
+RNG = np.random.default_rng(5)
+HIDDEN, OUT = RNG.normal(size=(12, 8)).astype(np.float32), RNG.normal(size=(8, 10)).astype(np.float32)
+IMAGE = RNG.uniform(0.1, 0.9, size=(32, *SHAPE)).astype(np.float32)
+
+
+def logits_fn(x):
+    return jnp.tanh((x.reshape(len(x), -1) - 0.5) @ HIDDEN) @ OUT
+
+
+LABEL = np.asarray(logits_fn(IMAGE).argmax(1))
+
+
+def set_of(version="standard", **settings):
+    return auto_attack(**{"version": version, "norm": "linf", "eps": 0.1, "num_classes": 10, **settings})
+
+
+@pytest.mark.parametrize(
+    ("version", "expected"),
+    [
+        ("standard", {"apgd_ce": (1, 101), "apgd_t": (9, 101), "fab_t": (9, None), "square": (1, 5000)}),
+        (
+            "plus",
+            {"apgd_ce": (5, 101), "apgd_dlr": (5, 101), "fab_t": (45, None), "square": (1, 5000), "apgd_t": (9, 101)},
+        ),
+        ("rand", {"apgd_ce": (1, 101), "apgd_dlr": (1, 101)}),
+    ],
+)
+def test_sets_are_the_published_ones(version, expected):
+    found = set_of(version)
+    assert [member.name for member in found.members] == list(expected)
+    for name, search in found.members:
+        num_tries, num_queries = expected[name]
+        assert search.num_tries == num_tries
+        assert num_queries in (None, search.num_queries)
+    assert found.replaced == ()
+    assert found.num_samples == (20 if version == "rand" else None)
+
+
+@pytest.mark.parametrize(
+    ("version", "num_classes", "expected"),
+    [
+        ("standard", 2, [("apgd_t", "targeted_dlr", "targeted_margin")]),
+        ("standard", 3, [("apgd_t", "targeted_dlr", "targeted_margin")]),
+        ("standard", 4, []),
+        ("plus", 2, [("apgd_dlr", "dlr", "margin"), ("apgd_t", "targeted_dlr", "targeted_margin")]),
+        ("plus", 3, [("apgd_t", "targeted_dlr", "targeted_margin")]),
+        ("rand", 2, [("apgd_dlr", "dlr", "margin")]),
+    ],
+)
+def test_what_is_not_defined_is_replaced_and_said(version, num_classes, expected):
+    found = set_of(version, num_classes=num_classes)
+    assert [tuple(x[:3]) for x in found.replaced] == expected
+    for x in found.replaced:
+        assert x.reason == f"{x.published} is not defined for {num_classes} classes"
+    logits = jax.ShapeDtypeStruct((num_classes,), jnp.float32)
+    for _, search in found.members:
+        state = jax.eval_shape(search.start, KEY, IMAGE[0], logits, jnp.int32(0), jnp.int32(0))
+        if search.objective is not None:
+            assert jax.eval_shape(search.objective, logits, jnp.int32(0), state).shape == ()
+
+
+@pytest.mark.parametrize(
+    ("setting", "bad"),
+    [("version", "fast"), ("norm", "l0"), ("num_classes", 1), ("eps", -1.0), ("num_steps", 0), ("num_samples", 0)],
+)
+def test_a_bad_setting_is_named(setting, bad):
+    with pytest.raises(ValueError, match=f"^{setting} is "):
+        set_of(**{setting: bad})
+
+
+def rounded(x):
+    """A model without a useful gradient: its input is rounded to tenths."""
+    return logits_fn(jnp.round(10 * x) / 10)
+
+
+SEARCH = auto_pgd(norm="linf", eps=0.1, num_steps=10, random_start=False, objective="margin")
+
+
+def found_by(attack, target):
+    label = np.asarray(target(IMAGE).argmax(1))
+    return jax.jit(lambda: attack(KEY, target, IMAGE, label, label >= 0))()
+
+
+def test_a_twin_breaks_what_has_no_gradient_and_the_target_is_the_judge():
+    direct = found_by(run(SEARCH, num_slots=16), rounded)
+    by_twin = found_by(transfer(SEARCH, logits_fn, num_slots=16), rounded)
+    straight = found_by(run(SEARCH, num_slots=16), with_gradient_of(logits_fn, rounded))
+    assert direct.wrong.sum() <= 2
+    label = rounded(IMAGE).argmax(1)
+    for found in (by_twin, straight):
+        assert found.wrong.sum() >= 10
+        np.testing.assert_array_equal(rounded(found.image).argmax(1) != label, found.wrong)
+        assert np.abs(found.image - IMAGE).max() <= 0.1 + 1e-6
+
+
+def test_a_model_is_its_own_twin():
+    search = momentum_pgd(norm="linf", eps=0.05, step_size=0.02, num_steps=5, momentum=0.0, random_start=True)
+    own, twin = run(search, num_slots=16), transfer(search, logits_fn, num_slots=16)
+    for a, b in zip(found_by(own, logits_fn), found_by(twin, logits_fn), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_a_borrowed_gradient_changes_no_value():
+    both = with_gradient_of(logits_fn, rounded)
+    np.testing.assert_array_equal(both(IMAGE), rounded(IMAGE))
+    slope = [jax.grad(lambda x, f=f: f(x).sum())(IMAGE) for f in (both, logits_fn)]
+    np.testing.assert_allclose(*slope, atol=1e-6)
