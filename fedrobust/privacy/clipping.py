@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import chex
@@ -146,7 +147,8 @@ def clipped_grad(
     Guarantees:
         Padding contributes exactly 0 whatever it holds, and so does an example whose gradient is not finite. Example i
         draws from the i-th key of the batch, so replacing one record changes no other record's contribution by one bit.
-        The bound C on a contribution is strict for "per_example", which scales the very gradient it measured. For
+        The bound C on a contribution is strict for "per_example": it scales the very gradient it measured or, where a
+        CPU leaves a convolution's gradients unwritten, takes a bound on their norm that rounding does not pass. For
         "norms_first" it rests on both passes rounding alike: where they do not, a contribution exceeds C by as much as
         the two gradients differ, about 1e-6 for smooth losses, more where a rounding error decides a branch (an attack
         that takes signs). Not guaranteed: the same bits from different methods or microbatch sizes.
@@ -181,19 +183,18 @@ def _choose(loss: Loss, method: str, microbatch_size: int | None, groups: Groupi
     if method == "norms_first":
         assert microbatch_size is not None
         return norms_first(loss, microbatch_size)
-    whole = per_example(loss, groups)
+    looped = partial(in_microbatches, zeros=trees.zeros_like)
+    on_cpu, elsewhere = (per_example(loss, groups, opened=opened) for opened in (True, False))
+    on_cpu = looped(on_cpu, microbatch_size or _CPU_CHUNK)
     if microbatch_size is not None:
-        return in_microbatches(whole, microbatch_size, trees.zeros_like)
-    chunked = in_microbatches(whole, _CPU_CHUNK, trees.zeros_like)
+        elsewhere = looped(elsewhere, microbatch_size)
 
-    def at_once(
+    def by_platform(
         key: Key, params: Params, batch: Batch, weight: jax.Array, clip_norm: float | jax.Array
     ) -> tuple[Params, PerExample]:
-        if batch.mask.shape[0] <= _CPU_CHUNK:
-            return whole(key, params, batch, weight, clip_norm)
-        return jax.lax.platform_dependent(key, params, batch, weight, clip_norm, cpu=chunked, default=whole)
+        return jax.lax.platform_dependent(key, params, batch, weight, clip_norm, cpu=on_cpu, default=elsewhere)
 
-    return at_once
+    return by_platform
 
 
 def blank_padding(batch: Batch, weight: jax.Array) -> tuple[Batch, jax.Array]:

@@ -3,7 +3,19 @@
 from fedrobust.trace.cost import flops
 from fedrobust.trace.coupling import Coupling, couple
 from fedrobust.trace.fast import fast_convolutions
+from fedrobust.trace.opened import with_open_kernels
 from fedrobust.trace.program import Equation, Program, evaluate, read
 from fedrobust.trace.resize import resize
 
-__all__ = ["Coupling", "Equation", "Program", "couple", "evaluate", "fast_convolutions", "flops", "read", "resize"]
+__all__ = [
+    "Coupling",
+    "Equation",
+    "Program",
+    "couple",
+    "evaluate",
+    "fast_convolutions",
+    "flops",
+    "read",
+    "resize",
+    "with_open_kernels",
+]

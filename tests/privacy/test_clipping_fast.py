@@ -8,12 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from jax import lax
 
 from fedrobust import losses, ops, trace
 from fedrobust.attacks import pgd
 from fedrobust.defenses import adversarial_loss
-from fedrobust.privacy import clipped_grad
+from fedrobust.privacy import clip_sums, clipped_grad
 from fedrobust.types import Batch
 
 KEY = jax.random.key(0)
@@ -104,7 +106,7 @@ def test_a_user_model_takes_the_fast_path_and_gives_the_same(name, make_loss, nu
     np.testing.assert_allclose(info.norm, norms, rtol=1e-5)
     flat = np.concatenate([np.ravel(x) for x in jax.tree.leaves(total)])
     np.testing.assert_allclose(flat, expected, rtol=1e-3, atol=1e-6)
-    assert convolutions(grad, KEY, params, BATCH) == num_left
+    assert convolutions(grad, KEY, params, BATCH) == 2 * num_left  # a branch for each kind of platform
     assert convolutions(jax.grad(lambda p: loss(KEY, p, IMAGE, BATCH.label).sum()), params) >= num_left + 2
 
 
@@ -193,3 +195,30 @@ def test_derivatives_given_by_an_author_survive_beside_a_convolution():
     got = jax.grad(lambda k: fast(k, IMAGE).sum())(kernel)
     want = jax.grad(lambda k: 7 * conv(IMAGE, k).sum())(kernel)
     np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
+@pytest.mark.parametrize("clip_norm", [1e-6, 0.3])
+@settings(max_examples=20)
+@given(seed=st.integers(0, 2**32 - 1), exponent=st.integers(-7, 0))
+def test_a_contribution_stays_in_the_ball_where_unwritten_gradients_nearly_cancel(clip_norm, seed, exponent):
+    """Equal patches whose output gradients sum to almost nothing: what is measured of the norm is mostly rounding."""
+    rng = np.random.default_rng(seed)
+    pull = rng.normal(size=(8, 8, 3))
+    pull -= pull.mean(axis=(0, 1)) * (1 - 10.0**exponent)
+    image = np.broadcast_to(rng.uniform(size=(1, 1, 1, 2)), (1, 8, 8, 2)).astype(np.float32)
+    params, batch = {"kernel": np.zeros((1, 1, 2, 3), np.float32)}, Batch(image, pull[None], np.ones(1, bool))
+    total = np.asarray(cancelling(clip_norm)(KEY, params, batch)["kernel"], np.float64)
+    assert np.linalg.norm(total) <= clip_norm
+
+
+@functools.cache
+def cancelling(clip_norm):
+    def loss(key, params, image, label):
+        return jnp.sum(ops.conv(image, params["kernel"]) * label, axis=(1, 2, 3))
+
+    def run(*args):
+        with pytest.MonkeyPatch.context() as patch:  # while it is traced
+            patch.setattr(clip_sums, "_MAX_PRODUCTS", np.inf)
+            return clipped_grad(loss, clip_norm=clip_norm)(*args)[0]
+
+    return jax.jit(run)
