@@ -2,6 +2,7 @@
 
 from fedrobust.evaluation.accuracy import Metrics, metrics, predict, predicted_class
 from fedrobust.evaluation.cost import Cost, cost, latencies
+from fedrobust.evaluation.one_step import OneStepGap, one_step_gap
 from fedrobust.evaluation.robustness import Robustness, Threat, evaluate
 from fedrobust.evaluation.smoothing import (
     ABSTAIN,
@@ -20,6 +21,7 @@ __all__ = [
     "CertifiedAccuracy",
     "Cost",
     "Metrics",
+    "OneStepGap",
     "Robustness",
     "Threat",
     "best_shift",
@@ -31,6 +33,7 @@ __all__ = [
     "latencies",
     "metrics",
     "noisy_counts",
+    "one_step_gap",
     "predict",
     "predicted_class",
 ]

@@ -38,7 +38,7 @@ class CertifiedAccuracy(NamedTuple):
 
     Attributes:
         accuracy: the share with a certificate, in [0, 1].
-        lower: of these very examples at least this share deserves one; accuracy less the certificates that may be wrong.
+        lower: at least this share of these very examples deserves one: accuracy less what may be wrong.
         population_lower: at least this share of the distribution from which these were drawn independently.
     """
 
