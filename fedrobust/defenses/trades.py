@@ -31,8 +31,8 @@ def trades_loss(
             has an objective of its own is `lambda objective: attack`.
         beta: weight of the divergence >= 0, 1 / lambda in the paper (1 to 6 there). At 0 nothing is attacked.
         start_stddev: standard deviation >= 0 of the noise that is added, once per call, to whatever images the attack
-            looks at, 0.001 in the paper: at the clean image itself the divergence is least, and its gradient zero. 0
-            for an attack that starts elsewhere by itself.
+            looks at, 0.001 in the paper: at the clean image itself the divergence is least, and its gradient nothing
+            but rounding. 0 for an attack that starts elsewhere by itself.
         clean_loss: from logits and labels, so that both images share one forward pass.
 
     Returns:
