@@ -1,5 +1,7 @@
 """Free adversarial training against a loop in NumPy float64, with and without privacy."""
 
+import functools
+
 import dp_accounting
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,7 @@ from fedrobust.privacy import Plan, clipped_grad, make_plan, private_grad
 from fedrobust.types import Batch
 
 KEY = jax.random.key(0)
+COMPILED = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # compiles faster
 NUM_STEPS, SIZE, REPLAYS, EPS, STEP = 3, 4, 3, 0.1, 0.06
 MASK = np.array([[1, 1, 1, 1], [0, 0, 0, 0], [1, 0, 1, 1]], bool)
 rng = np.random.default_rng(0)
@@ -58,9 +61,10 @@ def by_hand(*, skip_empty=True, forget=False, with_new_params=False, plain=False
     return w - PARAMS["w"]
 
 
+@functools.cache
 def free(**changes):
     settings = {"num_replays": REPLAYS, "skip_empty": True} | changes
-    return jax.jit(free_update(LOSS, optax.sgd(0.5, momentum=0.9), ascent(), **settings))
+    return COMPILED(free_update(LOSS, optax.sgd(0.5, momentum=0.9), ascent(), **settings))
 
 
 @pytest.mark.parametrize("skip_empty", [True, False])
@@ -80,12 +84,13 @@ def test_a_mistaken_loop_ends_elsewhere(mistake):
 
 
 def test_one_replay_is_plain_local_training_and_from_a_random_start_still_within_the_ball():
-    plain = local_update(mean_grad(LOSS), optax.sgd(0.5, momentum=0.9), skip_empty=True)(KEY, PARAMS, BATCH)[0]
+    plain = local_update(mean_grad(LOSS), optax.sgd(0.5, momentum=0.9), skip_empty=True)
+    plain = COMPILED(plain)(KEY, PARAMS, BATCH)[0]
     np.testing.assert_allclose(free(num_replays=1)(KEY, PARAMS, BATCH)[0]["w"], plain["w"], rtol=1e-5, atol=1e-6)
     moves = ascent(random_start=True)
-    start = moves.start(KEY, IMAGE[0])
+    start = COMPILED(moves.start)(KEY, IMAGE[0])
     assert np.abs(start - IMAGE[0]).max() <= EPS + 1e-6 and start.min() >= 0 and start.max() <= 1
-    assert moves.start(KEY, IMAGE[0][:2]).tolist() == start[:2].tolist()
+    assert COMPILED(moves.start)(KEY, IMAGE[0][:2]).tolist() == start[:2].tolist()
     assert len(np.unique(np.sign(start - IMAGE[0]))) == 2
 
 
@@ -127,7 +132,7 @@ def recorded(num_replays):
 
 def private_info(batch, rate=0.0):
     update = free_update(LOSS, optax.sgd(rate), ascent(), num_replays=REPLAYS, skip_empty=False, private=recorded)
-    change, info = jax.jit(update)(KEY, PARAMS, batch)
+    change, info = COMPILED(update)(KEY, PARAMS, batch)
     return change, jax.tree.map(np.asarray, info)
 
 
@@ -176,7 +181,7 @@ def noise_of(num_replays, plan=PLAN):
     update = free_update(
         LOSS, optax.sgd(1.0), ascent(), num_replays=num_replays, skip_empty=False, private=lambda m: grad
     )
-    return -10 * np.asarray(jax.jit(update)(KEY, params, empty)[0]["w"]).ravel()
+    return -10 * np.asarray(COMPILED(update)(KEY, params, empty)[0]["w"]).ravel()
 
 
 def test_every_replay_is_noised_afresh_and_their_mean_has_the_noise_of_the_plans_one_step():

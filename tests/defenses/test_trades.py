@@ -12,6 +12,7 @@ from fedrobust.defenses import trades_loss
 from fedrobust.losses import cross_entropy
 
 KEY = jax.random.key(3)
+COMPILED = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # compiles faster
 IMAGE = np.random.default_rng(0).uniform(0.3, 0.7, size=(5, 3, 2, 1)).astype(np.float32)
 LABEL = np.arange(5) % 3
 PARAMS = 3 * np.random.default_rng(1).normal(size=(6, 3)).astype(np.float32)
@@ -31,6 +32,10 @@ def attack(objective, *, eps=0.2, num_steps=4):
 
 def build(apply=linear, attack=attack, **changes):
     return trades_loss(apply, attack, **{"beta": BETA, "start_stddev": 0.001} | changes)
+
+
+def value(**changes):
+    return COMPILED(build(**changes))(KEY, PARAMS, IMAGE, LABEL)
 
 
 def share(params, x):
@@ -70,7 +75,7 @@ def test_the_loss_is_that_of_the_papers_loop():
     noise = noise_of(KEY)
     p, q = share(PARAMS, IMAGE), share(PARAMS, paper_sample(noise) - noise)
     expected = -np.log(p[np.arange(5), LABEL]) + BETA * np.sum(p * np.log(p / q), axis=1)
-    np.testing.assert_allclose(jax.jit(build())(KEY, PARAMS, IMAGE, LABEL), expected, rtol=2e-4)
+    np.testing.assert_allclose(value(), expected, rtol=2e-4)
     assert np.sum(p * np.log(p / q), axis=1).min() > 0.01
 
 
@@ -91,7 +96,7 @@ def divergence(p, q):
 @functools.cache
 def gradients():
     sample = (paper_sample(noise_of(KEY)) - noise_of(KEY)).astype(np.float32)
-    found = jax.jit(jax.jacobian(lambda params: build()(KEY, params, IMAGE, LABEL)))(PARAMS)
+    found = COMPILED(jax.jacobian(lambda params: build()(KEY, params, IMAGE, LABEL)))(PARAMS)
     return sample, np.asarray(found)
 
 
@@ -125,7 +130,7 @@ def test_nothing_flows_through_an_attack_that_forgets_to_stop_it():
 
 
 def test_at_radius_zero_only_the_clean_loss_is_left():
-    still = build(attack=functools.partial(attack, eps=0.0, num_steps=1))(KEY, PARAMS, IMAGE, LABEL)
+    still = value(attack=functools.partial(attack, eps=0.0, num_steps=1))
     np.testing.assert_allclose(still, cross_entropy(linear)(KEY, PARAMS, IMAGE, LABEL), atol=1e-5)
 
 
@@ -148,16 +153,16 @@ def test_no_attack_at_beta_zero_and_an_objective_of_its_own_is_welcome():
         raise AssertionError("attacked")
 
     clean = cross_entropy(linear)(KEY, PARAMS, IMAGE, LABEL)
-    assert build(attack=forbidden, beta=0.0)(KEY, PARAMS, IMAGE, LABEL).tolist() == clean.tolist()
+    assert value(attack=forbidden, beta=0.0).tolist() == clean.tolist()
     own = pgd(norm="l2", eps=0.3, step_size=0.3, num_steps=1, random_start=False, keep_best=False)
-    assert (build(attack=lambda _: own)(KEY, PARAMS, IMAGE, LABEL) > clean).all()
-    doubled = build(beta=0.0, clean_loss=lambda logits, label: 2 * logits[:, 0])
-    np.testing.assert_allclose(doubled(KEY, PARAMS, IMAGE, LABEL), 2 * linear(PARAMS, IMAGE)[:, 0], rtol=1e-6)
+    assert (value(attack=lambda _: own) > clean).all()
+    doubled = value(beta=0.0, clean_loss=lambda logits, label: 2 * logits[:, 0])
+    np.testing.assert_allclose(doubled, 2 * linear(PARAMS, IMAGE)[:, 0], rtol=1e-6)
 
 
 def test_saturated_predictions_give_finite_losses_and_gradients():
-    value, gradient = jax.value_and_grad(lambda p: build()(KEY, p, IMAGE, LABEL).sum())(1e4 * PARAMS)
-    assert np.isfinite(value) and np.isfinite(gradient).all()
+    total, gradient = COMPILED(jax.value_and_grad(lambda p: build()(KEY, p, IMAGE, LABEL).sum()))(1e4 * PARAMS)
+    assert np.isfinite(total) and np.isfinite(gradient).all()
 
 
 @pytest.mark.parametrize("setting", [{"beta": -1.0}, {"start_stddev": -0.1}, {"beta": float("nan")}])

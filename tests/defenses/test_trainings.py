@@ -27,9 +27,7 @@ from fedrobust.types import Batch, Cohort
 
 KEY = jax.random.key(0)
 EPS = 0.1
-COMPILED = functools.partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": 0}
-)  # half the time to compile
+COMPILED = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # compiles faster
 rng = np.random.default_rng(0)
 IMAGE = rng.uniform(size=(4, 6, 6, 1)).astype(np.float32)
 LABEL = np.array([0, 1, 2, 1], np.int32)
