@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 MODULES = sorted(
     path.relative_to(ROOT) for room in ("fedrobust", "experiments") for path in (ROOT / room).rglob("*.py")
 )
-FOUNDATION = {"types", "keys", "trees", "losses", "check", "threads", "jsonl", "ops"}
+FOUNDATION = {"types", "keys", "trees", "losses", "check", "intervals", "threads", "jsonl", "ops"}
 LAYERS = [
     FOUNDATION,
     {"trace"},
@@ -76,10 +76,8 @@ def test_a_room_reaches_only_the_layers_below_it(module):
 @pytest.mark.parametrize("module", ROOMED, ids=str)
 def test_a_room_uses_only_the_packages_it_may(module):
     outside, own = packages(module) - {"fedrobust"}, room(module)
-    if own in FOUNDATION:
-        assert outside <= NUMERIC
-    if own == "trace":
-        assert outside <= NUMERIC | {"scipy"}
+    if own in FOUNDATION | {"trace"}:
+        assert outside <= NUMERIC | ({"scipy"} if own in ("intervals", "trace") else set())
     if own == "reporting":
         assert not outside & {"jax", "jaxlib", "optax", "chex", "flax", "haiku", "orbax"}
 

@@ -1,6 +1,5 @@
 """From settings to a federation: data on clients, a privacy plan, and one compiled round per kind of training."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -188,8 +187,7 @@ def example_loss(recipe: Recipe, apply: Apply, round: jax.Array) -> Loss:
     if not recipe.at:
         return loss
     settings: AT = recipe.study.at
-    warmup = max(1, math.ceil(settings.warmup * recipe.num_rounds))
-    eps = settings.eps * jnp.minimum(1.0, (round + 1) / warmup)
+    eps = settings.eps * defenses.linear_warmup(num_rounds=recipe.num_rounds, share=settings.warmup)(round)
     return defenses.adversarial_loss(loss, apply, training_attack(settings, eps), clean_share=settings.clean_share)
 
 

@@ -2,19 +2,38 @@
 
 from fedrobust.evaluation.accuracy import Metrics, metrics, predict, predicted_class
 from fedrobust.evaluation.cost import Cost, cost, latencies
+from fedrobust.evaluation.one_step import OneStepGap, one_step_gap
 from fedrobust.evaluation.robustness import Robustness, Threat, evaluate
+from fedrobust.evaluation.smoothing import (
+    ABSTAIN,
+    Certificates,
+    CertifiedAccuracy,
+    certificates,
+    certified_accuracy,
+    certify,
+    noisy_counts,
+)
 from fedrobust.evaluation.threshold import best_shift
 
 __all__ = [
+    "ABSTAIN",
+    "Certificates",
+    "CertifiedAccuracy",
     "Cost",
     "Metrics",
+    "OneStepGap",
     "Robustness",
     "Threat",
     "best_shift",
+    "certificates",
+    "certified_accuracy",
+    "certify",
     "cost",
     "evaluate",
     "latencies",
     "metrics",
+    "noisy_counts",
+    "one_step_gap",
     "predict",
     "predicted_class",
 ]

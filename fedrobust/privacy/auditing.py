@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedrobust import check
+from fedrobust import check, intervals
 from fedrobust.types import Batch, GradFn, Key, Params
 
 
@@ -101,8 +101,8 @@ def epsilon_clopper_pearson(scores: Scores, *, delta: float, confidence: float) 
 
     def epsilon(errors: _Errors) -> np.ndarray:
         level = (1 + confidence) / 2  # two bounds, each at half of the significance
-        fpr = _upper(errors.false_positives, errors.num_outside, level)
-        fnr = _upper(errors.false_negatives, errors.num_inside, level)
+        fpr = intervals.upper(errors.false_positives, errors.num_outside, level)
+        fnr = intervals.upper(errors.false_negatives, errors.num_inside, level)
         odds = np.maximum((1 - fnr - delta) / fpr, (1 - fpr - delta) / fnr)
         return np.log(np.maximum(odds, 1e-300))  # below 0 too: the best of weak thresholds is still the best
 
@@ -144,7 +144,7 @@ def epsilon_gaussian(scores: Scores, *, delta: float, confidence: float) -> floa
 
     def mu(errors: _Errors) -> np.ndarray:
         both = errors.false_positives + errors.false_negatives
-        return 2 * norm.isf(_upper(both, errors.num_inside + errors.num_outside, confidence))
+        return 2 * norm.isf(intervals.upper(both, errors.num_inside + errors.num_outside, confidence))
 
     largest = _held_out(scores, mu)
     return dp_accounting.get_epsilon_gaussian(1 / largest, delta) if largest > 0 else 0.0
@@ -247,13 +247,6 @@ def _held_out(scores: Scores, bound: Callable[[_Errors], np.ndarray]) -> float:
     thresholds = np.unique(np.concatenate([inside, outside]))
     chosen = thresholds[[np.argmax(bound(_errors(inside, outside, thresholds)))]]
     return max(0.0, float(bound(_errors(held_inside, held_outside, chosen))[0]))
-
-
-def _upper(count: np.ndarray, total: int, level: float) -> np.ndarray:
-    """Clopper and Pearson's upper bound of a rate, one-sided."""
-    from scipy.stats import beta  # takes half a second to import
-
-    return np.where(count < total, beta.ppf(level, count + 1, np.maximum(total - count, 1)), 1.0)
 
 
 def _first_above(p_value: Callable[[float], float], significance: float) -> float:

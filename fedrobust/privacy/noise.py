@@ -38,16 +38,18 @@ def private_grad(
     num_records: float,
     class_weight: jax.Array | None = None,
     num_shares: int = 1,
+    num_replays: int = 1,
     noise: Noise = add_gaussian,
 ) -> GradFn:
     """The Gaussian mechanism on a clipped gradient sum: one step of DP-SGD, as the plan accounts for it.
 
         (sum_i w_i clip(g_i) + N(0, stddev^2)) / (plan.sampling_rate * num_records)
-        stddev = plan.noise_multiplier * sensitivity / sqrt(num_shares)
+        stddev = plan.noise_multiplier * sensitivity * sqrt(num_replays / num_shares)
 
     Args:
         clipped: knows its sensitivity for the plan's relation.
-        plan: of unit "record". Batches must be sampled as it says; each call is one of its steps.
+        plan: of unit "record". Batches must be sampled as it says; each call is one of its steps, or with replays all
+            calls on one batch are.
         num_records: nominal size of a silo, a public constant > 0, never the realised size of a batch.
         class_weight: [L] in [0, 1], multiplies each example's clipped gradient by its label's weight. Must be
             public or itself released privately, and accounted.
@@ -57,6 +59,11 @@ def private_grad(
             epsilon, a silo's own, holds for it alone. The server is honest but curious, and no silo drops out: with d
             shares missing the sum has (K - d) / K of the variance. Who knows c of the shares (silos that collude, or
             one silo that takes off its own) faces (K - c) / K of it: less noise than the plan accounts for.
+        num_replays: m >= 1, gradients that are taken on one and the same sampled batch, each at parameters and images
+            that may depend on those before. Each then has m times the variance: m Gaussians of multiplier
+            sqrt(m) z, one after the other, tell what a single one of multiplier z does, and it is this one that the
+            plan samples. To count the m calls as m steps, each of a sample of its own, would report too little. 1 with
+            num_shares > 1.
         noise: where the noise comes from: the key, or with `add_system_gaussian` the operating system.
 
     Returns:
@@ -66,13 +73,17 @@ def private_grad(
         ValueError: a setting out of range, an unknown relation, or a plan of another unit.
 
     Source: Abadi et al. 2016 (arXiv 1607.00133), Algorithm 1; shares of the noise: Dwork, Kenthapadi, McSherry,
-        Mironov, Naor 2006, "Our data, ourselves: privacy via distributed noise generation" (EUROCRYPT).
+        Mironov, Naor 2006, "Our data, ourselves: privacy via distributed noise generation" (EUROCRYPT); replays: Dong,
+        Roth, Su 2019 (arXiv 1905.02383), Corollary 3.3, inside the sample.
     """
     check.one_of("plan.unit", plan.unit, ("record",))
     check.positive("plan.noise_multiplier", plan.noise_multiplier)
     check.positive("num_records", num_records)
     check.at_least("num_shares", num_shares, 1)
-    stddev = plan.noise_multiplier * clipped.sensitivity(plan.relation) / math.sqrt(num_shares)
+    check.at_least("num_replays", num_replays, 1)
+    # A share alone is too little noise for what the next replay of the same silo reads.
+    check.require(num_replays == 1 or num_shares == 1, "num_replays", num_replays, "1 where noise comes in shares")
+    stddev = plan.noise_multiplier * clipped.sensitivity(plan.relation) * math.sqrt(num_replays) / math.sqrt(num_shares)
     expected_batch_size = plan.sampling_rate * num_records
 
     def grad(key: Key, params: Params, batch: Batch) -> tuple[Params, ClipInfo]:

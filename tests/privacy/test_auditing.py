@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from fedrobust import data, losses, models
+from fedrobust import data, intervals, losses, models
 from fedrobust.privacy import (
     ClippedGrad,
     Event,
@@ -144,7 +144,7 @@ def test_a_threshold_chosen_on_the_scores_it_is_counted_on_exceeds_epsilon_too_o
     def naive(scores):
         thresholds = np.unique(np.concatenate(scores))
         errors = auditing._errors(*scores, thresholds)
-        return np.max(stats.norm.isf(auditing._upper(errors.false_positives + errors.false_negatives, 200, 0.5)))
+        return np.max(stats.norm.isf(intervals.upper(errors.false_positives + errors.false_negatives, 200, 0.5)))
 
     many = [normal_scores(rng, 100, mu=0.0) for _ in range(200)]
     assert np.mean([naive(s) > 1e-9 for s in many]) > 0.6  # at confidence 0.5

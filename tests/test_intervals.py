@@ -1,0 +1,31 @@
+"""Exact bounds on a rate: by hand, against the binomial's own tails, and by how often they are wrong."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from fedrobust import intervals
+
+
+def test_bounds_by_hand():
+    """No success in n trials: rates with (1 - p)^n >= alpha remain, and p^n >= alpha for n successes."""
+    assert intervals.upper(0, 20, 0.95) == pytest.approx(1 - 0.05 ** (1 / 20), abs=1e-12)
+    assert intervals.lower(20, 20, 0.95) == pytest.approx(0.05 ** (1 / 20), abs=1e-12)
+    assert intervals.upper(20, 20, 0.95) == 1 and intervals.lower(0, 20, 0.95) == 0
+
+
+@pytest.mark.parametrize("total", [1, 7, 1000])
+def test_at_a_bound_the_count_is_exactly_as_unlikely_as_stated(total):
+    count = np.unique(np.linspace(0, total, 9).astype(int))
+    low, high = intervals.lower(count, total, 0.99), intervals.upper(count, total, 0.99)
+    np.testing.assert_allclose(stats.binom.sf(count[1:] - 1, total, low[1:]), 0.01, rtol=1e-6)
+    np.testing.assert_allclose(stats.binom.cdf(count[:-1], total, high[:-1]), 0.01, rtol=1e-6)
+    np.testing.assert_allclose(low, 1 - intervals.upper(total - count, total, 0.99), atol=1e-12)
+    assert (low <= count / total).all() and (count / total <= high).all()
+
+
+@pytest.mark.parametrize(("count", "total", "confidence"), [(-1, 5, 0.9), (6, 5, 0.9), (0, 0, 0.9), (1, 5, 1.0)])
+def test_bad_counts_are_named(count, total, confidence):
+    for bound in (intervals.lower, intervals.upper):
+        with pytest.raises(ValueError, match=r"^(count|total|confidence) is "):
+            bound(count, total, confidence)
