@@ -137,6 +137,25 @@ class Search(NamedTuple):
     num_queries: int
 
 
+class Found(NamedTuple):
+    """What a search found.
+
+    Attributes:
+        image: [N,H,W,C]: the first success in the order of the tries (the clean image, if that is one); else the
+            point of the largest objective (margin, if the search has none) among those inside the ball.
+        wrong: [N] bool, whether the model misclassifies it.
+        num_queries: [N] int32, images of that example the model was asked about, the clean one included, up to the
+            success; times `num_samples` for a randomised model. 0 for an example that was not to be attacked.
+    """
+
+    image: jax.Array
+    wrong: jax.Array
+    num_queries: jax.Array
+
+
+Run = Callable[[Key, Callable[..., Any], jax.Array, jax.Array, jax.Array], Found]
+"""`(key, logits_fn, image[N,H,W,C], label[N], todo[N] bool) -> Found`: an attack on many images at once."""
+
 UpdateAttack = Callable[[Key, Params, jax.Array], Params]
 """`(key, updates[K,...], malicious[K]) -> updates[K,...]`."""
 

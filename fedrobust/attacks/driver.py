@@ -16,23 +16,7 @@ from jax import lax
 
 from fedrobust import check, keys, trace
 from fedrobust.attacks import objectives
-from fedrobust.types import Answer, Attack, Key, LogitsFn, Search
-
-
-class Found(NamedTuple):
-    """What a search found.
-
-    Attributes:
-        image: [N,H,W,C]: the first success in the order of the tries (the clean image, if that is one); else the
-            point of the largest objective (margin, if the search has none) among those inside the ball.
-        wrong: [N] bool, whether the model misclassifies it.
-        num_queries: [N] int32, images of that example the model was asked about, the clean one included, up to the
-            success; times `num_samples` for a randomised model. 0 for an example that was not to be attacked.
-    """
-
-    image: jax.Array
-    wrong: jax.Array
-    num_queries: jax.Array
+from fedrobust.types import Answer, Attack, Found, Key, LogitsFn, Run, Search
 
 
 class _Jobs(NamedTuple):
@@ -69,9 +53,6 @@ class _Game(NamedTuple):
 
 Ask = Callable[[tuple[jax.Array, jax.Array, jax.Array], jax.Array, jax.Array, Any], tuple[jax.Array, Answer]]
 """`((example[B], try[B], question[B]), point[B,H,W,C], label[B], state) -> (logits that count [B,L], Answer [B])`."""
-
-Run = Callable[[Key, Callable[..., Any], jax.Array, jax.Array, jax.Array], Found]
-"""`(key, logits_fn, image[N,H,W,C], label[N], todo[N] bool) -> Found`."""
 
 
 def run(search: Search, *, num_slots: int, compact: bool = True, num_samples: int | None = None) -> Run:

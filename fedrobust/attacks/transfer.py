@@ -2,8 +2,8 @@
 
 import jax
 
-from fedrobust.attacks.driver import Found, Run, run
-from fedrobust.types import Key, LogitsFn, Search
+from fedrobust.attacks.driver import run
+from fedrobust.types import Found, Key, LogitsFn, Run, Search
 
 
 def transfer(search: Search, twin: LogitsFn, *, num_slots: int, compact: bool = True) -> Run:

@@ -3,6 +3,7 @@
 from fedrobust.trace.cost import flops
 from fedrobust.trace.coupling import Coupling, couple
 from fedrobust.trace.fast import fast_convolutions
+from fedrobust.trace.gradients import interruptions, straight_through
 from fedrobust.trace.opened import with_open_kernels
 from fedrobust.trace.program import Equation, Program, evaluate, read
 from fedrobust.trace.resize import resize
@@ -15,7 +16,9 @@ __all__ = [
     "evaluate",
     "fast_convolutions",
     "flops",
+    "interruptions",
     "read",
     "resize",
+    "straight_through",
     "with_open_kernels",
 ]

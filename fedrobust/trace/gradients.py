@@ -127,5 +127,4 @@ _ARITHMETIC = ("add", "sub", "mul", "div", "max", "min", "dot_general", "conv_ge
 
 
 def _with_slope_one(x: jax.Array, value: jax.Array) -> jax.Array:
-    value = jnp.asarray(value, x.dtype)
-    return x + jax.lax.stop_gradient(value - x)
+    return jax.lax.stop_gradient(jnp.asarray(value, x.dtype)) + (x - jax.lax.stop_gradient(x))
