@@ -114,7 +114,7 @@ def _gradients(subject: _Subject, eps: float) -> list[dict[str, Any]]:
     return [
         checked("no_gradient_is_zero", float(np.mean(zero)), 0.0),
         checked("gradient_path_is_whole", float(len(cut)), 0.0, ", ".join(cut)),
-        checked("gradient_predicts_differences", share, 0.25, ", ".join(names)),
+        checked("gradient_predicts_differences", share, 0.1, ", ".join(names)),
     ]
 
 
