@@ -14,6 +14,7 @@ from fedrobust.attacks.noise import random_noise
 from fedrobust.attacks.objectives import OBJECTIVES, Objective
 from fedrobust.attacks.poisoning import adversarial_samples, flip_labels
 from fedrobust.attacks.probes import probes
+from fedrobust.attacks.routes import routes
 from fedrobust.attacks.square import square
 from fedrobust.attacks.transfer import transfer, with_gradient_of
 from fedrobust.types import Search
@@ -49,6 +50,7 @@ __all__ = [
     "probes",
     "random_noise",
     "rays",
+    "routes",
     "run",
     "sign_flip",
     "square",
