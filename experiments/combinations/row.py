@@ -23,10 +23,11 @@ from experiments.combinations.settings import Study
 from experiments.combinations.training import BATCH_SIZE, Job, Progress, Trained, train
 from experiments.parallel import Check
 from fedrobust import attacks, compression, evaluation, keys, privacy, reporting, trace, trees
-from fedrobust.types import Attack, Model, Params
+from fedrobust.types import Dataset, Key, Model, Params, Run, Search
 
 PACKAGES = ("fedrobust", "jax", "jaxlib", "flax", "dm-haiku", "optax", "dp-accounting", "numpy")
 LATENCY_BATCH = 64
+NUM_SLOTS = 64
 
 
 class Final(NamedTuple):
@@ -87,8 +88,7 @@ def make_row(
         guarantee = dataclasses.asdict(plan) | {"epsilon": spent(accounts["training"]), "noise": study.dp.noise}
     final = finish(model, trained, path, guarantee, test.image[:BATCH_SIZE])
     clean = evaluation.metrics(evaluation.predict(final.apply, final.params, test.image, BATCH_SIZE), test.label)
-    key = keys.stream(keys.root(seed), "evaluate")
-    attacked = evaluation.evaluate(final.apply, final.params, test, threats(study.attack), key, BATCH_SIZE)
+    robust, checks = robustness(study.attack, final, test, keys.stream(keys.root(seed), "evaluate"))
     row = {
         "experiment": study.experiment,
         "combination": combination._asdict(),
@@ -96,8 +96,8 @@ def make_row(
         "config": config,
         "config_hash": reporting.config_hash(config),
         "clean": clean._asdict(),
-        "robust": attacked.robust,
-        "checks": attacked.checks,
+        "robust": robust,
+        "checks": checks,
         "poisoned": _poisoned(study, site, poisoned),
         "size": _size(model, final, test.image.shape[1:], work),
         "masked_minus_shrunk": trained.shrink_difference,
@@ -157,28 +157,56 @@ def finish(model: Model, trained: Trained, path: Path, guarantee: dict[str, Any]
     return Final(trained.apply, file_params, size)
 
 
-def threats(settings: AttackSettings) -> tuple[evaluation.Threat, ...]:
-    """FGSM and PGD at every radius."""
-    restarts = settings.num_restarts
-    return (
-        evaluation.Threat("fgsm", "linf", settings.eps, 1, 1, _fgsm),
-        evaluation.Threat("pgd", "linf", settings.eps, settings.num_steps, restarts, _pgd(settings)),
-    )
-
-
-def _fgsm(eps: jax.Array) -> Attack:
-    return attacks.fgsm(norm="linf", eps=eps)
+def robustness(settings: AttackSettings, final: Final, test: Dataset, key: Key) -> tuple[dict[str, Any], list[Any]]:
+    """Accuracies under attack and their checks; no accuracy for a model whose logits are not finite."""
+    apply, params, _ = final
+    whole = settings.gate_examples > 0
+    some = test._replace(image=test.image[: settings.gate_examples], label=test.label[: settings.gate_examples])
+    checks = evaluation.gate(
+        apply, params, some if whole else test, _probes(settings.num_steps) if whole else None, key, BATCH_SIZE,
+        norm="linf", eps=max(settings.eps),
+    )  # fmt: skip
+    if not np.isfinite(evaluation.predict(apply, params, test.image, BATCH_SIZE)).all():
+        return {}, checks
+    cascade = settings.suite == "auto_attack"
+    threats = _threats(settings, test.num_classes)
+    found = evaluation.evaluate(apply, params, test, threats, key, BATCH_SIZE, cascade=cascade)
+    return found.robust, [*found.checks, *checks]
 
 
 @functools.lru_cache(maxsize=4)  # what a compiled attack is remembered by
-def _pgd(settings: AttackSettings) -> Callable[[jax.Array], Attack]:
-    def attack(eps: jax.Array) -> Attack:
-        steps, restarts = settings.num_steps, settings.num_restarts
-        return attacks.pgd(
-            norm="linf", eps=eps, step_size=eps / 4, num_steps=steps, random_start=True, num_restarts=restarts
-        )
+def _probes(num_steps: int) -> dict[str, Callable[[jax.Array], Run]]:
+    return attacks.probes(norm="linf", num_steps=num_steps, num_slots=NUM_SLOTS)
 
-    return attack
+
+@functools.lru_cache(maxsize=4)  # likewise
+def _threats(settings: AttackSettings, num_classes: int) -> tuple[evaluation.Threat, ...]:
+    """FGSM and PGD, or AutoAttack's members, at every radius."""
+
+    def threat(family: str, search: Callable[[jax.Array], Search]) -> evaluation.Threat:
+        example = search(jnp.asarray(1.0))
+        steps = example.num_queries - (family != "square")  # the last question is about the last step's point
+        attack = lambda eps: attacks.run(search(eps), num_slots=NUM_SLOTS)  # noqa: E731
+        return evaluation.Threat(family, "linf", settings.eps, steps, example.num_tries, attack)
+
+    def pgd(eps: jax.Array, num_steps: int, step_size: jax.Array, num_restarts: int) -> Search:
+        return attacks.momentum_pgd(
+            norm="linf", eps=eps, step_size=step_size, num_steps=num_steps, momentum=0.0,
+            random_start=num_steps > 1, num_restarts=num_restarts,
+        )  # fmt: skip
+
+    def member(number: int) -> Callable[[jax.Array], Search]:
+        return lambda eps: suite(eps).members[number].search
+
+    def suite(eps: jax.Array | float) -> attacks.AutoAttack:
+        return attacks.auto_attack(version="standard", norm="linf", eps=eps, num_classes=num_classes)
+
+    if settings.suite == "auto_attack":
+        return tuple(threat(found.name, member(i)) for i, found in enumerate(suite(1.0).members))
+    return (
+        threat("fgsm", lambda eps: pgd(eps, 1, eps, 1)),
+        threat("pgd", lambda eps: pgd(eps, settings.num_steps, eps / 4, settings.num_restarts)),
+    )
 
 
 def _poisoned(study: Study, site: Hospitals, trained: Sequence[Trained]) -> dict[str, Any] | None:

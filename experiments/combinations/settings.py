@@ -114,6 +114,11 @@ class Attack:
     """PGD steps, each a quarter of the radius (FGSM is run beside it)."""
     num_restarts: int = 1
     """Random starts of PGD."""
+    suite: Literal["pgd", "auto_attack"] = "pgd"
+    """pgd: FGSM and PGD, each by itself; auto_attack: its standard version, each member on what is left by those before
+    and by smaller radii."""
+    gate_examples: int = 0
+    """Test images about which the whole gate asks, at the largest radius; 0: about outputs and gradients only."""
 
 
 @dataclass(frozen=True)
@@ -250,6 +255,9 @@ class Study:
         check.require(len(self.attack.eps) > 0, "--attack.eps", self.attack.eps, "at least one radius")
         for eps in self.attack.eps:
             check.positive("--attack.eps", eps)
+        check.one_of("--attack.suite", self.attack.suite, ("pgd", "auto_attack"))
+        examples = self.attack.gate_examples
+        check.require(examples == 0 or examples >= 2, "--attack.gate-examples", examples, "0 or a whole number >= 2")
 
 
 _WHOLE = {

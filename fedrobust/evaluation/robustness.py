@@ -1,6 +1,6 @@
 """Robust accuracy: the worst case of each example over a named set of attacks, with its interval."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,6 +11,9 @@ from fedrobust.evaluation.attacked import Apply, Attack, Outcome, attack_all, re
 from fedrobust.types import Dataset, Key, Params
 
 CONFIDENCE = 0.95
+
+TOLERANCE = 0.005
+"""Accuracy by which a check that compares two attacks may be missed: their random starts differ."""
 
 
 class Threat(NamedTuple):
@@ -35,6 +38,10 @@ class Threat(NamedTuple):
     def name(self, eps: float) -> str:
         """As in `pgd20_linf_0.031`: family, steps unless there is one, norm, radius with two significant digits."""
         return f"{self.family}{self.steps if self.steps > 1 else ''}_{self.norm}_{eps:.2g}"
+
+
+Case = tuple[Threat, float, str]
+"""A threat, one of its radii, and the name of the two."""
 
 
 class Robustness(NamedTuple):
@@ -142,7 +149,8 @@ def evaluate(
             union = Threat("worst", norm, (eps,), 1, 1, threats[0].attack)
             robust[union.name(eps)] = {**_entry(worst, label, union, eps), "steps": None, "restarts": None}
             broken[union.name(eps)] = worst != label
-    return Robustness(robust, check_samples(outcomes, label), broken)
+    strength = [] if cascade else _check_strength(cases, robust)
+    return Robustness(robust, [*check_samples(outcomes, label), *strength], broken)
 
 
 def check_samples(outcomes: Sequence[tuple[Outcome, np.ndarray, float]], label: np.ndarray) -> list[dict[str, Any]]:
@@ -158,6 +166,24 @@ def check_samples(outcomes: Sequence[tuple[Outcome, np.ndarray, float]], label: 
         checked("samples_inside_ball", max((o.outside for o, _ in attacked), default=None), 1e-5),
         checked("success_is_reproduced", max(differ, default=None), 0.005),
     ]
+
+
+def _check_strength(cases: Sequence[Case], robust: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What must hold between attacks, where there are two to compare: many steps beat one, a large radius a small."""
+    accuracy = {name: robust[name]["accuracy"] for _, _, name in cases}
+    pairs = [(a, b) for a in cases for b in cases if a[0].norm == b[0].norm]
+    steps = [
+        accuracy[pgd] - accuracy[fgsm]
+        for (a, large, pgd), (b, small, fgsm) in pairs
+        if (a.family, b.family) == ("pgd", "fgsm") and large == small
+    ]
+    radii = [
+        accuracy[strong] - accuracy[weak]
+        for (a, large, strong), (b, small, weak) in pairs
+        if (a.family, a.steps, a.restarts) == (b.family, b.steps, b.restarts) and large > small
+    ]
+    checks = {"pgd_at_least_as_strong_as_fgsm": steps, "success_rises_with_eps": radii}
+    return [checked(name, max(figures, default=None), TOLERANCE) for name, figures in checks.items()]
 
 
 def _entry(prediction: np.ndarray, label: np.ndarray, threat: Threat, eps: float) -> dict[str, Any]:

@@ -47,6 +47,8 @@ Row = dict[str, Any]
 - `clean`: `accuracy`, `balanced_accuracy`, `auc` (or None), `degenerate`
 - `robust`: by name such as `pgd20_linf_0.031`: `accuracy`, `balanced_accuracy`, `degenerate`, `norm`, `eps`, `steps`,
   `restarts`
+- `checks`: of the robust accuracies: `check`, `outcome` ("passed", "failed", "not applicable"), `figure`, `limit`,
+  `detail`
 - `poisoned`: None, or `attack`, `malicious_share`, `rounds_share` (of the rounds it was trained for), then `mean` and
   one robust rule by its name, each with `accuracy` and `balanced_accuracy`
 - `size`: `parameters`, `bytes`, `flops`, `latency_ms`, and each `_ratio`: this model over the dense float32 one
@@ -63,6 +65,7 @@ FIELDS: Mapping[str, tuple[str, ...]] = {
     "config_hash": (),
     "clean": ("accuracy", "balanced_accuracy", "auc", "degenerate"),
     "robust": (),
+    "checks": (),
     "poisoned": ("attack", "malicious_share", "rounds_share", "mean"),
     "size": tuple(
         name + suffix for name in ("parameters", "bytes", "flops", "latency_ms") for suffix in ("", "_ratio")

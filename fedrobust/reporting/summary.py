@@ -89,3 +89,8 @@ def ratio_text(ratio: float) -> str:
 def is_degenerate(row: Row) -> bool:
     """Whether the model predicts one class for every clean image."""
     return bool(row["clean"]["degenerate"])
+
+
+def failed_checks(row: Row) -> list[str]:
+    """The checks of a row's robust accuracies that failed, each once: one is enough to call them overestimated."""
+    return list(dict.fromkeys(check["check"] for check in row["checks"] if check["outcome"] == "failed"))

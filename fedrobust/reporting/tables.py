@@ -13,6 +13,7 @@ from fedrobust.reporting.summary import Spread, by_combination, spread
 
 NOTHING = "–"
 MARK = "†"
+TOO_HIGH = "‡"
 
 
 class Table(NamedTuple):
@@ -129,7 +130,8 @@ def _robust_columns(rows: Sequence[Row]) -> list[_Column]:
 
     def column(norm: str, eps: float, field: str) -> _Column:
         def cell(group: Sequence[Row]) -> str:
-            return percent(spread(group, summary.robust_figure(norm, eps, field)))
+            value = spread(group, summary.robust_figure(norm, eps, field))
+            return percent(value) + TOO_HIGH * bool(value and any(map(summary.failed_checks, group)))
 
         name = {"accuracy": "acc", "balanced_accuracy": "bal"}[field]
         return _Column(f"{summary.norm_text(norm)} {summary.radius_text(norm, eps)}", name, cell)
@@ -203,7 +205,16 @@ def _notes(rows: Sequence[Row]) -> list[str]:
         for row in group
         if summary.is_degenerate(row)
     ]
-    return notes + [f"{MARK} Degenerate, one class for every image: {', '.join(degenerate)}."] * bool(degenerate)
+    notes += [f"{MARK} Degenerate, one class for every image: {', '.join(degenerate)}."] * bool(degenerate)
+    overestimated = [
+        f"{combination.label} (seed {row['seed']}: {', '.join(map(_words, summary.failed_checks(row)))})"
+        for combination, group in by_combination(rows).items()
+        for row in group
+        if summary.failed_checks(row)
+    ]
+    return notes + [f"{TOO_HIGH} Overestimated, by checks that failed: {'; '.join(overestimated)}."] * bool(
+        overestimated
+    )
 
 
 def percent(value: Spread | None) -> str:
@@ -239,6 +250,7 @@ def _latex(text: str) -> str:
         "σ": r"$\sigma$",
         "∞": r"$\infty$",
         MARK: r"$^\dagger$",
+        TOO_HIGH: r"$^\ddagger$",
         NOTHING: "--",
         "%": r"\%",
         "_": r"\_",

@@ -76,7 +76,7 @@ def test_a_model_with_a_gradient_needs_no_route():
 
 
 def test_bad_settings_are_named():
-    with pytest.raises(ValueError, match="^norm is 'l0'"):
+    with pytest.raises(ValueError, match=r"^norm is 'l0'"):
         attacks.routes(floating, IMAGE, **{**SETTINGS, "norm": "l0"})
-    with pytest.raises(ValueError, match="^num_queries is 0"):
+    with pytest.raises(ValueError, match=r"^num_queries is 0"):
         attacks.routes(floating, IMAGE, **{**SETTINGS, "num_queries": 0})

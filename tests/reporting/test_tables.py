@@ -49,6 +49,17 @@ def test_what_was_not_measured_is_a_dash_and_unused_columns_go(study):
     assert len(notes) == 2
 
 
+def test_a_failed_check_calls_the_robust_accuracies_overestimated(study):
+    rows = study()
+    failed = {"check": "noise_finds_no_more", "outcome": "failed", "figure": 0.1, "limit": 0.002, "detail": ""}
+    rows[2]["checks"] += [failed, failed]
+    _, lines, notes = table(rows)
+    assert lines[2][6:10] == ["80.0‡", "78.0‡", "85.0‡", "87.5‡"]
+    assert not any("‡" in cell for line in (*lines[:2], *lines[3:], lines[2][:6]) for cell in line)
+    assert notes[-1] == "‡ Overestimated, by checks that failed: AT (seed 0: noise finds no more)."
+    assert r"80.0$^\ddagger$" in to_latex(rows)
+
+
 def test_several_norms_each_have_their_largest_radius_first(study):
     (row, *_) = study()
     row["robust"] |= {
