@@ -115,8 +115,8 @@ class Attack:
     num_restarts: int = 1
     """Random starts of PGD."""
     suite: Literal["pgd", "auto_attack"] = "pgd"
-    """pgd: FGSM and PGD, each by itself; auto_attack: its standard version, each member on what is left by those before
-    and by smaller radii."""
+    """pgd: FGSM and PGD, each by itself; auto_attack: its standard version, each member on what is left by those
+    before, smaller radii on what larger ones broke."""
     gate_examples: int = 0
     """Test images about which the whole gate asks, at the largest radius; 0: about outputs and gradients only."""
 

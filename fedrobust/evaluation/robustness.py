@@ -109,8 +109,9 @@ def evaluate(
         threats: at least one; names must differ.
         key: shape (). Example i draws from a stream of its own.
         batch_size: images per prediction >= 1.
-        cascade: attack only what no threat before, and none at a smaller radius of the same norm, has broken. The worst
-            case is the same; an entry is then what is left after its threat, not the threat's own accuracy.
+        cascade: attack only what no threat before has broken, largest radius first, and at a smaller one only what a
+            larger has broken: an example that withstands all threats at one radius counts as right at the smaller. An
+            entry is then what is left after its threat, not the threat's own accuracy.
 
     Returns:
         `Robustness`. A radius of 0 gives the clean accuracy exactly.
@@ -133,11 +134,11 @@ def evaluate(
     dataset = dataset._replace(image=np.asarray(dataset.image, np.float32), label=label)
     robust, outcomes, broken = {}, [], {}
     for norm in dict.fromkeys(threat.norm for threat in threats):
-        worst = clean.copy()
-        for eps in sorted({eps for threat, eps, _ in cases if threat.norm == norm}):
-            worst = worst if cascade else clean.copy()
+        fragile = clean == label  # at every larger radius; only these are tried at a smaller one
+        for eps in sorted({eps for threat, eps, _ in cases if threat.norm == norm}, reverse=True):
+            worst = clean.copy()
             for threat in [threat for threat, e, _ in cases if (threat.norm, e) == (norm, eps)]:
-                todo = (worst if cascade else clean) == label
+                todo = fragile & (worst == label) if cascade else clean == label
                 outcome = attack_all(
                     apply, params, dataset, threat.attack,
                     norm=norm, eps=eps, todo=todo, key=key, batch_size=batch_size,
@@ -149,6 +150,7 @@ def evaluate(
             union = Threat("worst", norm, (eps,), 1, 1, threats[0].attack)
             robust[union.name(eps)] = {**_entry(worst, label, union, eps), "steps": None, "restarts": None}
             broken[union.name(eps)] = worst != label
+            fragile &= worst != label
     strength = [] if cascade else _check_strength(cases, robust)
     return Robustness(robust, [*check_samples(outcomes, label), *strength], broken)
 
