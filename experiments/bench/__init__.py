@@ -4,5 +4,9 @@ Each module is one benchmark: a docstring that states its source, command, cost 
 `run() -> list[Comparison]`. `NAMES` is the registry.
 """
 
-NAMES = {"dp_step": "experiments.bench.dp_step", "ops": "experiments.bench.ops"}
+NAMES = {
+    "attacks": "experiments.bench.attacks",
+    "dp_step": "experiments.bench.dp_step",
+    "ops": "experiments.bench.ops",
+}
 """Benchmark name -> the module that runs it."""

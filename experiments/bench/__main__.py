@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from experiments.bench.timing import Comparison
 
 
-_PACKAGES = ("jax", "jaxlib", "flax", "torch", "opacus", "jax-privacy")
+_PACKAGES = ("jax", "jaxlib", "flax", "torch", "opacus", "jax-privacy", "torchattacks", "foolbox")
 
 
 def main(name: Annotated[str, tyro.conf.Positional], json: Path | None = None) -> None:
@@ -49,7 +49,13 @@ def table(name: str, comparisons: Sequence["Comparison"]) -> Table:
         view.add_column(title, justify="left" if title == "name" else "right")
     for c in comparisons:
         times = (f"{c.ours:.1f} {c.unit}", f"{c.against:.1f} {c.unit}")
-        view.add_row(c.name, *times, f"{c.ratio:.2f}", f"<= {c.target}" if c.target else "", str(c.repeats))
+        view.add_row(
+            c.name,
+            *times,
+            f"{c.ratio:.2f}",
+            f"{'>=' if c.more_is_better else '<='} {c.target}" if c.target else "",
+            str(c.repeats),
+        )
     return view
 
 

@@ -16,12 +16,13 @@ class Comparison(NamedTuple):
 
     Attributes:
         name: what is compared.
-        ours: median time of ours.
-        against: median time of the other.
+        ours: median time of ours, or another measure.
+        against: that of the other.
         unit: of both.
         target: the largest ratio that is accepted, or None.
         repeats: timed calls of each.
         sides: the measure of each process behind the row, where the row names them.
+        more_is_better: the measure is a speed, and `target` the smallest ratio that is accepted.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Comparison(NamedTuple):
     target: float | None
     repeats: int
     sides: Mapping[str, float] = MappingProxyType({})
+    more_is_better: bool = False
 
     @property
     def ratio(self) -> float:
@@ -69,17 +71,17 @@ def compare(
 
 
 class Side:
-    """A process that runs one side of a comparison when its turn comes: `python -m experiments.bench.sides NAME`.
+    """A process that runs one side of a comparison when its turn comes: `python -m MODULE NAME ARGUMENTS`.
 
     A context manager: the process is there, warm and idle, between the start and the end.
     """
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, *arguments: str, module: str = "experiments.bench.sides"):
         self.name = name
+        self._command = [sys.executable, "-m", module, name, *arguments]
 
     def __enter__(self) -> Self:
-        command = [sys.executable, "-m", "experiments.bench.sides", self.name]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._process = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self._read("ready")
         return self
 

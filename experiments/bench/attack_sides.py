@@ -1,0 +1,205 @@
+"""One attack of `attacks` in a process of its own: `python -m experiments.bench.attack_sides NAME FILE`.
+
+NAME is `ATTACK_LIBRARY_SIZE`, such as pgd40_torchattacks_64; FILE holds the weights, the images and our predictions.
+The process stops with an error unless its model predicts the same class for every image. It prints "ready" after one
+attack that is not counted, then answers each line it reads with the milliseconds of one attack.
+"""
+
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+NUM_STEPS = {"pgd40": 40, "apgd100": 100, "weak40": 40}
+SMALL = 1e-4  # a radius at which nothing breaks, so that all sides take all steps
+LARGE = 8 / 255
+STEP_SHARE = 0.25  # a step over the radius
+
+Step = Callable[[], Any]
+
+
+def side(name: str, file: str) -> Step:
+    """The function without arguments that is measured; it returns when its result is there."""
+    attack, library, size = name.split("_")
+    with np.load(file) as stored:
+        arrays = dict(stored)
+    image, label = arrays.pop("image")[: int(size)], arrays.pop("label")[: int(size)]
+    if library in ("ours", "plain", "foolboxjax"):
+        return _jax_side(attack, library, arrays, image, label)
+    return _torch_side(attack, library, arrays, image, label)
+
+
+def save(file: str, num: int) -> None:
+    """Writes the weights of a new ResNet-9, `num` random images and its predictions."""
+    import jax
+
+    from fedrobust import keys
+
+    root, model = keys.root(0), _model()
+    image = jax.random.uniform(keys.stream(root, "data"), (num, 28, 28, 1))
+    params = model.init(keys.stream(root, "init"), image[:1])
+    label = jax.jit(model.apply)(params, image).argmax(1)
+    weights = {f"{layer}/{name}": x for layer, entry in params.items() for name, x in entry.items()}
+    np.savez(file, image=image, label=label, **weights)
+
+
+def _model() -> Any:
+    from fedrobust import models
+
+    return models.build("resnet9", builder="flax", image_shape=(28, 28, 1), num_classes=2, width=32)
+
+
+def _jax_side(attack: str, library: str, weights: dict[str, np.ndarray], image: np.ndarray, label: np.ndarray) -> Step:
+    import jax
+
+    from fedrobust import keys
+
+    model = _model()
+    params: dict[str, dict[str, Any]] = {}
+    for name, x in weights.items():
+        layer, entry = name.split("/")
+        params.setdefault(layer, {})[entry] = jax.numpy.asarray(x)
+    _agree(jax.jit(model.apply)(params, image).argmax(1), label)
+    if library == "foolboxjax":
+        return _foolbox_jax(jax.jit(lambda x: model.apply(params, x)), image, label)
+    run = _search(attack, library)
+
+    def program(key: Any, params: Any, image: Any, label: Any) -> Any:
+        return run(key, lambda x: model.apply(params, x), image, label, label >= 0)
+
+    arguments = (keys.root(1), params, *map(jax.numpy.asarray, (image, label)))
+    compiled = jax.jit(program).lower(*arguments).compile()
+    return lambda: jax.block_until_ready(compiled(*arguments))
+
+
+def _search(attack: str, library: str) -> Any:
+    from fedrobust import attacks
+
+    eps = LARGE if attack == "weak40" else SMALL
+    if attack == "apgd100":
+        search = attacks.auto_pgd(norm="linf", eps=eps, num_steps=100, random_start=False, objective="cross_entropy")
+    else:
+        search = attacks.momentum_pgd(
+            norm="linf",
+            eps=eps,
+            step_size=STEP_SHARE * eps,
+            num_steps=40,
+            momentum=0.0,
+            random_start=False,
+            detect_cycles=False,
+        )
+    return attacks.run(search, num_slots=NUM_SLOTS, compact=library == "ours")
+
+
+NUM_SLOTS = 32  # of 16, 32 and 64 the fastest here
+
+
+def _foolbox_jax(logits_fn: Any, image: np.ndarray, label: np.ndarray) -> Step:
+    import foolbox
+    import jax
+
+    model = foolbox.models.JAXModel(logits_fn, bounds=(0, 1), data_format="channels_last")
+    attack = _foolbox_attack(foolbox)
+    arrays = tuple(map(jax.numpy.asarray, (image, label)))
+    return lambda: jax.block_until_ready(
+        attack.run(model, arrays[0], foolbox.criteria.Misclassification(arrays[1]), epsilon=SMALL)
+    )
+
+
+def _foolbox_attack(foolbox: Any) -> Any:
+    return foolbox.attacks.LinfProjectedGradientDescentAttack(
+        abs_stepsize=STEP_SHARE * SMALL, steps=40, random_start=False
+    )
+
+
+def _torch_side(
+    attack: str, library: str, weights: dict[str, np.ndarray], image: np.ndarray, label: np.ndarray
+) -> Step:
+    import torch
+
+    from experiments.bench import torch_sides
+
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(os.cpu_count() or 1)
+    model = torch_sides._resnet9().eval()
+    _load(torch, model, weights)
+    x = torch.from_numpy(np.ascontiguousarray(image.transpose(0, 3, 1, 2)))
+    y = torch.from_numpy(label.astype(np.int64))
+    with torch.no_grad():
+        _agree(model(x).argmax(1).numpy(), label)
+    if library == "torchattacks":
+        import torchattacks
+
+        if attack == "apgd100":
+            found = torchattacks.APGD(model, norm="Linf", eps=SMALL, steps=100, n_restarts=1, loss="ce", verbose=False)
+        else:
+            found = torchattacks.PGD(model, eps=SMALL, alpha=STEP_SHARE * SMALL, steps=40, random_start=False)
+        return lambda: found(x, y)
+    if library == "foolboxtorch":
+        import foolbox
+
+        wrapped, steps = foolbox.PyTorchModel(model, bounds=(0, 1), device="cpu"), _foolbox_attack(foolbox)
+        return lambda: steps.run(wrapped, x, foolbox.criteria.Misclassification(y), epsilon=SMALL)
+    return _art(torch, model, x.numpy(), label)
+
+
+def _art(torch: Any, model: Any, image: np.ndarray, label: np.ndarray) -> Step:
+    from art.attacks.evasion import ProjectedGradientDescent
+    from art.estimators.classification import PyTorchClassifier
+
+    classifier = PyTorchClassifier(model, torch.nn.CrossEntropyLoss(), (1, 28, 28), 2, clip_values=(0, 1))
+    attack = ProjectedGradientDescent(
+        classifier,
+        norm=np.inf,
+        eps=SMALL,
+        eps_step=STEP_SHARE * SMALL,
+        max_iter=40,
+        num_random_init=0,
+        batch_size=len(label),
+        verbose=False,
+    )
+    return lambda: attack.generate(image, label)
+
+
+def _load(torch: Any, model: Any, weights: dict[str, np.ndarray]) -> None:
+    """Both list their layers in the order in which they run; kernels have their axes turned."""
+
+    def position(name: str) -> list[int]:
+        return [int(word) for word in name.split("/")[0].split("_") if word.isdigit()]
+
+    layers = [layer for layer in model.modules() if list(layer.parameters(recurse=False))]
+    names = sorted({name.split("/")[0] for name in weights}, key=position)
+    for name, layer in zip(names, layers, strict=True):
+        found = {entry.split("/")[1]: x for entry, x in weights.items() if entry.split("/")[0] == name}
+        kernel = found.get("kernel", found.get("scale"))
+        assert kernel is not None
+        order = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}[kernel.ndim]
+        with torch.no_grad():
+            layer.weight.copy_(torch.from_numpy(np.ascontiguousarray(kernel.transpose(order))))
+            if "bias" in found:
+                layer.bias.copy_(torch.from_numpy(found["bias"]))
+
+
+def _agree(prediction: Any, label: np.ndarray) -> None:
+    share = float(np.mean(np.asarray(prediction) == label))
+    if share != 1:
+        raise RuntimeError(f"the models agree on {share:.2%} of the images: the timings would mean nothing")
+
+
+def main(name: str, file: str) -> None:
+    """Answers until its input ends."""
+    step = side(name, file)
+    step()
+    print("ready", flush=True)
+    for _ in sys.stdin:
+        start = time.perf_counter()
+        step()
+        print(1e3 * (time.perf_counter() - start), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

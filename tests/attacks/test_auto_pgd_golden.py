@@ -1,0 +1,70 @@
+"""Auto-PGD beside torchattacks and pyautoattack, equal weights; `tests/golden/torch_auto_pgd.py` recorded theirs."""
+
+import functools
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from sklearn.datasets import load_digits
+
+from fedrobust.attacks import auto_pgd, run
+
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "torch_auto_pgd.json").read_text())
+CASES = list(dict.fromkeys((net, norm, eps, objective) for net, norm, eps, objective, _, _ in GOLDEN["runs"]))
+TOLERANCE = 0.2  # points of accuracy on 1000 images; starts are random on all sides
+
+
+def net_of(net):
+    """A model of the recorded weights, its test images and labels."""
+    w1, b1, w2, b2 = (jnp.asarray(x, jnp.float32) for x in GOLDEN["weights"][net])
+    bundled = load_digits()
+    image = (bundled.images / 16).astype(np.float32)[GOLDEN["num_train"] :, :, :, None]
+    digit = bundled.target[GOLDEN["num_train"] :]
+    label = digit if net == "ten" else (digit < 5).astype(int)
+    return (lambda x: jax.nn.relu(x.reshape(len(x), -1) @ w1 + b1) @ w2 + b2), image, label
+
+
+@functools.cache
+def ours(net, norm, eps, objective):
+    """[N] bool: clean errors and what Auto-PGD breaks."""
+    logits_fn, image, label = net_of(net)
+    search = auto_pgd(
+        norm=norm,
+        eps=eps,
+        num_steps=GOLDEN["num_steps"],
+        random_start=True,
+        objective=objective,
+        num_targets=9 if objective == "targeted_dlr" else 1,
+    )
+    attack = run(search, num_slots=128)
+    return np.asarray(jax.jit(lambda: attack(jax.random.key(0), logits_fn, image, label, label >= 0).wrong)())
+
+
+def theirs(case):
+    """peer -> [N] bool."""
+    return {
+        row[4]: np.unpackbits(np.frombuffer(bytes.fromhex(row[5]), np.uint8))[:1000].astype(bool)
+        for row in GOLDEN["runs"]
+        if tuple(row[:4]) == case
+    }
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_accuracy_agrees_within_a_fifth_of_a_point(case):
+    accuracy = 100 * np.mean(~ours(*case))
+    peers = {peer: 100 * np.mean(~wrong) for peer, wrong in theirs(case).items()}
+    assert set(peers) == {"torchattacks", "pyautoattack"}
+    assert min(abs(accuracy - x) for x in peers.values()) <= TOLERANCE + 1e-9
+    assert accuracy <= max(peers.values()) + TOLERANCE
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_the_union_of_ours_is_never_more_accurate_than_the_union_of_theirs(norm):
+    cases = [case for case in CASES if case[:2] == ("ten", norm)]
+    mine = np.any([ours(*case) for case in cases], axis=0)
+    for peer in ("torchattacks", "pyautoattack"):
+        other = np.any([theirs(case)[peer] for case in cases], axis=0)
+        assert np.mean(~mine) <= np.mean(~other) + 1e-9
