@@ -13,8 +13,9 @@ from sklearn.datasets import load_digits
 from fedrobust.attacks import auto_pgd, run
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "torch_auto_pgd.json").read_text())
-CASES = list(dict.fromkeys((net, norm, eps, objective) for net, norm, eps, objective, _, _ in GOLDEN["runs"]))
-TOLERANCE = 0.2  # points of accuracy on 1000 images; starts are random on all sides
+CASES = list(dict.fromkeys((net, norm, eps, objective) for net, norm, eps, objective, *_ in GOLDEN["runs"]))
+TOLERANCE = 0.2  # points of accuracy on 1000 images
+NUM_KEYS = 5
 
 
 def net_of(net):
@@ -29,7 +30,7 @@ def net_of(net):
 
 @functools.cache
 def ours(net, norm, eps, objective):
-    """[N] bool: clean errors and what Auto-PGD breaks."""
+    """[5,N] bool: clean errors and what Auto-PGD breaks, by key."""
     logits_fn, image, label = net_of(net)
     search = auto_pgd(
         norm=norm,
@@ -40,31 +41,31 @@ def ours(net, norm, eps, objective):
         num_targets=9 if objective == "targeted_dlr" else 1,
     )
     attack = run(search, num_slots=128)
-    return np.asarray(jax.jit(lambda: attack(jax.random.key(0), logits_fn, image, label, label >= 0).wrong)())
+    program = jax.jit(lambda key: attack(key, logits_fn, image, label, label >= 0).wrong)
+    num = 1 if objective == "targeted_dlr" else NUM_KEYS
+    return np.stack([program(jax.random.key(i)) for i in range(num)])
 
 
-def theirs(case):
-    """peer -> [N] bool."""
-    return {
-        row[4]: np.unpackbits(np.frombuffer(bytes.fromhex(row[5]), np.uint8))[:1000].astype(bool)
-        for row in GOLDEN["runs"]
-        if tuple(row[:4]) == case
-    }
+def theirs(case, peer):
+    """[N] bool, from one start."""
+    (wrong,) = [row[5] for row in GOLDEN["runs"] if tuple(row[:4]) == case and row[4] == peer]
+    return np.unpackbits(np.frombuffer(bytes.fromhex(wrong), np.uint8))[:1000].astype(bool)
 
 
+@pytest.mark.parametrize("peer", ["torchattacks", "pyautoattack"])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_accuracy_agrees_within_a_fifth_of_a_point(case):
-    accuracy = 100 * np.mean(~ours(*case))
-    peers = {peer: 100 * np.mean(~wrong) for peer, wrong in theirs(case).items()}
-    assert set(peers) == {"torchattacks", "pyautoattack"}
-    assert min(abs(accuracy - x) for x in peers.values()) <= TOLERANCE + 1e-9
-    assert accuracy <= max(peers.values()) + TOLERANCE
+def test_mean_accuracy_agrees_within_a_fifth_of_a_point(case, peer):
+    """Up to two standard deviations of what the random start alone does: with untargeted DLR 0.35 points."""
+    mine, other = 100 * np.mean(~ours(*case), axis=1), 100 * np.mean(~theirs(case, peer))
+    noise = 2 * mine.std(ddof=1) * np.sqrt(1 + 1 / len(mine)) if len(mine) > 1 else 0.0
+    assert abs(mine.mean() - other) <= TOLERANCE + noise + 1e-9
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_the_union_of_ours_is_never_more_accurate_than_the_union_of_theirs(norm):
+    """One start each."""
     cases = [case for case in CASES if case[:2] == ("ten", norm)]
-    mine = np.any([ours(*case) for case in cases], axis=0)
+    mine = np.any([ours(*case)[0] for case in cases], axis=0)
     for peer in ("torchattacks", "pyautoattack"):
-        other = np.any([theirs(case)[peer] for case in cases], axis=0)
+        other = np.any([theirs(case, peer) for case in cases], axis=0)
         assert np.mean(~mine) <= np.mean(~other) + 1e-9
