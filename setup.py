@@ -27,6 +27,7 @@ setup(
         "orbax-checkpoint>=0.12,<0.13",
         "safetensors>=0.5,<1",
         "scikit-learn>=1.6,<2",
+        "scipy>=1.13,<2",
         "tyro>=1.0,<2",
         "rich>=13,<16",
         "matplotlib>=3.9,<4",
@@ -35,6 +36,13 @@ setup(
         "test": ["pytest>=8,<10", "pytest-xdist>=3.6,<4", "hypothesis>=6.100,<7"],
         "dev": ["ruff>=0.14", "mypy>=1.15", "pre-commit>=4"],
         "bench": ["torch==2.13.*", "opacus>=1.6,<1.7", "jax-privacy>=2.0,<2.1"],
+        "attacks": [
+            "torch==2.13.*",
+            "torchvision==0.28.*",
+            "torchattacks==3.5.1",
+            "foolbox==3.3.4",
+            "adversarial-robustness-toolbox==1.20.1",
+        ],
         "tfds": ["tensorflow-cpu>=2.20,<3; sys_platform == 'linux'", "tensorflow>=2.20,<3; sys_platform != 'linux'"],
     },
     classifiers=[

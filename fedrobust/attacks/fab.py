@@ -88,22 +88,9 @@ def fab(
         chex.assert_rank([image, logits, label], [3, 1, 0])
         num_others = logits.shape[0] - 1
         check.require(num_targets <= num_others, "num_targets", num_targets, f"<= {num_others}, the other classes")
-        zero, one, no = jnp.zeros((), image.dtype), jnp.ones((), image.dtype), jnp.zeros((), jnp.int32)
-        return _State(
-            image=image,
-            label=label,
-            target=objectives.target_class(logits, label, index % num_targets),
-            point=jnp.where(index < num_targets, image, _start(key, norm, eps, image)),
-            is_candidate=jnp.zeros((), bool),
-            num_steps=no,
-            num_final_steps=no,
-            best=image,
-            best_length=jnp.full((), jnp.inf, image.dtype),
-            low=zero,
-            high=one,
-            low_margin=objectives.margin(logits, label).astype(image.dtype),
-            high_margin=zero,
-        )
+        target = objectives.target_class(logits, label, index % num_targets)
+        point = jnp.where(index < num_targets, image, _start(key, norm, eps, image))
+        return _begin(image, logits, label, target, point)
 
     def learn(state: _State, answer: Answer) -> _State:
         has_stepped = (state.num_steps == num_steps) & ~state.is_candidate
@@ -132,6 +119,26 @@ def fab(
         inside=lambda image, point: balls.inside(norm, eps, image, point),
         num_tries=num_restarts * num_targets,
         num_queries=2 * num_steps + num_final_steps,
+    )
+
+
+def _begin(image: jax.Array, logits: jax.Array, label: jax.Array, target: jax.Array, point: jax.Array) -> _State:
+    """Before the first question."""
+    zero, none = jnp.zeros((), image.dtype), jnp.zeros((), jnp.int32)
+    return _State(
+        image=image,
+        label=label,
+        target=target,
+        point=point,
+        is_candidate=jnp.zeros((), bool),
+        num_steps=none,
+        num_final_steps=none,
+        best=image,
+        best_length=jnp.full((), jnp.inf, image.dtype),
+        low=zero,
+        high=jnp.ones((), image.dtype),
+        low_margin=objectives.margin(logits, label).astype(image.dtype),
+        high_margin=zero,
     )
 
 

@@ -16,8 +16,6 @@ from fedrobust.attacks import fab, run, square
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "torch_fab_square.json").read_text())
 RUNS = [dict(zip(GOLDEN["fields"], row, strict=True)) for row in GOLDEN["runs"]]
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
-
 
 def broken(net, norm, family, search):
     """[1000] bool of ours, [runs, 1000] of the peers'."""

@@ -15,8 +15,6 @@ WEIGHT = RNG.normal(size=(16, 3)).astype(np.float32)
 SCALE = np.abs(WEIGHT).max() / 127
 INTEGER = np.round(WEIGHT / SCALE).astype(np.int8)
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
-
 
 def floating(x):
     return (x - 0.5).reshape(len(x), -1) @ WEIGHT

@@ -84,9 +84,6 @@ def trained(name, adversarial=True):
     return jax.jit(lambda start: lax.scan(step, start, jax.random.split(KEY, 250))[0][0])(start)
 
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
-
-
 def verdict(apply, params, probes=PROBE, **settings):
     checks = gate(apply, params, TEST, probes, KEY, 64, norm="linf", eps=EPS, **settings)
     assert all(check["outcome"] in ("passed", "failed", "not applicable") for check in checks)

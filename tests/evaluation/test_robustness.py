@@ -17,8 +17,6 @@ IMAGE = np.random.default_rng(2).uniform(0.2, 0.8, size=(40, 3, 2, 1)).astype(np
 LABEL = np.where(np.random.default_rng(3).uniform(size=40) < 0.1, 0, 1) ^ ((IMAGE.reshape(40, 6) @ WEIGHT).argmax(1))
 DATASET = Dataset(IMAGE, LABEL.astype(np.int32), 2)
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
-
 
 def linear(params, x):
     return x.reshape(x.shape[0], -1) @ params
