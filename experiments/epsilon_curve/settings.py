@@ -43,8 +43,8 @@ class Curve:
     train: Training = field(default_factory=Training)
     """Rounds without privacy."""
     dp: DP = field(default_factory=DP)
-    """Differential privacy. The learning rate is for --dp.epsilon and noise in each silo; a point with s > 1 times the
-    noise takes s^-1.5 of it. So is the part spent on label counts, which shrinks with the root of epsilon."""
+    """Differential privacy. The learning rate is for --dp.epsilon and noise in each silo; a point with more noise takes
+    a twentieth of it. The part spent on label counts is for --dp.epsilon and shrinks with the root of epsilon."""
 
     def __post_init__(self) -> None:
         """Checks every setting.
