@@ -11,8 +11,8 @@ from experiments.combinations.settings import Scale
 from experiments.epsilon_curve.settings import Curve
 
 RADIOGRAPHS_RATE = 0.4
-"""Of epsilon 8. What did not help on val at epsilon 1, with a twentieth of it (2026-11-24): ScaleNorm, half the width, a
-last layer that starts at 0, a clip norm of 0.1, images or pooled features normalised, `small_cnn`."""
+"""Of epsilon 8. What did not help on val at epsilon 1, with a twentieth of it (2026-11-24): ScaleNorm, half the width,
+a last layer that starts at 0, a clip norm of 0.1, images or pooled features normalised, `small_cnn`."""
 
 
 def preset(dataset: str, scale: Scale) -> Curve:
