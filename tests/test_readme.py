@@ -11,7 +11,7 @@ from fedrobust.types import Dataset, Model
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
 
-def test_the_research_script_runs_and_is_fifteen_lines():
+def test_the_research_script_runs_and_is_fifteen_lines(quick_compiler):
     script = re.search(r"```python\n(import numpy.*?)```", README, re.DOTALL).group(1)
     assert len(script.strip().splitlines()) == 15
     names = {}

@@ -252,6 +252,9 @@ class Study:
             self.poison.rounds_share,
             f"in (--mc.end = {self.mc.end}, 1]",
         )
+        self._check_attack()
+
+    def _check_attack(self) -> None:
         check.require(len(self.attack.eps) > 0, "--attack.eps", self.attack.eps, "at least one radius")
         for eps in self.attack.eps:
             check.positive("--attack.eps", eps)

@@ -2,10 +2,11 @@
 
 import itertools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedrobust.ops import KernelGradients
@@ -53,16 +54,22 @@ def stacks(draw):
     return KernelGradients(geometry, *(jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes))
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(gradients=stacks())
-def test_norms_and_weighted_sum_equal_those_of_the_written_gradients(gradients):
+def test_norms_and_weighted_sum_equal_those_of_the_written_gradients(gradients, quick_compiler):
     exact = written(gradients)
-    found, bound = gradients.square_norms()
+    weight = np.array([0.5, 0, 2], np.float32)
+    geometry, *factors = gradients
+
+    @jax.jit
+    def found_by(*factors):
+        stack = KernelGradients(geometry, *factors)
+        return *stack.square_norms(), stack.weighted_sum(weight)
+
+    found, bound, total = found_by(*factors)
     np.testing.assert_allclose(found, square(exact), rtol=1e-5, atol=1e-6)
     assert (bound >= square(exact)).all()
     np.testing.assert_allclose(bound, square(exact), rtol=1e-3, atol=1e-4)
-    weight = np.array([0.5, 0, 2], np.float32)
-    total = gradients.weighted_sum(weight)
     np.testing.assert_allclose(total, np.tensordot(weight, exact, 1), rtol=1e-5, atol=1e-5)
     assert gradients.num_entries == total.size
 
