@@ -95,7 +95,7 @@ def _search(attack: str, library: str) -> Any:
     return attacks.run(search, num_slots=NUM_SLOTS, compact=library == "ours")
 
 
-NUM_SLOTS = 32  # of 16, 32 and 64 the fastest here
+NUM_SLOTS = 32
 
 
 def _foolbox_jax(logits_fn: Any, image: np.ndarray, label: np.ndarray) -> Step:

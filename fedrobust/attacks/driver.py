@@ -60,7 +60,7 @@ def run(search: Search, *, num_slots: int, compact: bool = True, num_samples: in
 
     Args:
         search: what to run.
-        num_slots: images per call of the model >= 1. On a CPU 16 to 64 are fastest; on an accelerator, what fills it.
+        num_slots: images per call of the model >= 1; on an accelerator, what fills it.
         compact: fill slots again as their tries end. False keeps all N examples in one batch, in step, to the
             end of every try, broken or not: the same result, for comparison.
         num_samples: None for a deterministic model `logits_fn(image)`. For a randomised one, `logits_fn(key, image)`,
