@@ -55,7 +55,7 @@ def auto_pgd(
         norm: "linf" or "l2", of the ball and of the step.
         eps: radius of the ball >= 0, in units of the image range [0, 1].
         num_steps: gradients per try, >= 1; the point after the last is asked about as well.
-        random_start: start uniformly inside the ball, not at the clean image.
+        random_start: start on the surface of the ball, in a random direction, not at the clean image.
         objective: a name in `OBJECTIVES`, or one of your own.
         num_restarts: independent starts >= 1 per target; more than one needs `random_start`.
         num_targets: the classes a targeted objective tries, in the order of the clean logits, in [1, L - 1].
@@ -73,8 +73,8 @@ def auto_pgd(
 
     Source:
         Croce, Hein 2020, https://arxiv.org/abs/2003.01690, algorithm 1 with section 3's checkpoints and conditions 1
-        and 2. Deviation: the start is uniform in the ball. A rise is counted between points that were asked about, so
-        the first after a return to the best point is measured from the point before it.
+        and 2; the start is that of the authors' code. A rise is counted between points that were asked about, so the
+        first after a return to the best point is measured from the point before it.
     """
     check.one_of("norm", norm, NORMS)
     balls.check_radius("eps", eps)
@@ -87,7 +87,7 @@ def auto_pgd(
     def start(key: Key, image: jax.Array, logits: jax.Array, label: jax.Array, index: jax.Array) -> _State:
         objectives.check_targets(num_targets, logits)
         target = objectives.target_class(logits, label, index // num_restarts)
-        x = balls.start(key, norm, eps, image) if random_start else image
+        x = balls.surface_start(key, norm, eps, image) if random_start else image
         none, zero = jnp.full((), -jnp.inf, jnp.float32), jnp.int32(0)
         step_size = jnp.asarray(2 * eps, image.dtype)
         no_gradient = jnp.zeros_like(image)

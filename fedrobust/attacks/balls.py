@@ -86,19 +86,29 @@ def project(norm: str, eps: Radius, image: jax.Array, x: jax.Array) -> jax.Array
 
 def start(key: Key, norm: str, eps: Radius, image: jax.Array) -> jax.Array:
     """A uniform draw [H,W,C] from the ball around the image, projected into the box."""
+    return project(norm, eps, image, image + eps * _uniform(key, norm, image))
+
+
+def surface_start(key: Key, norm: str, eps: Radius, image: jax.Array) -> jax.Array:
+    """A draw as of `start`, moved out to the surface of the ball before it is projected into the box."""
+    offset = _uniform(key, norm, image)
+    scale = jnp.maximum(length(norm, offset), jnp.finfo(image.dtype).tiny)
+    return project(norm, eps, image, image + eps * (offset / scale))
+
+
+def _uniform(key: Key, norm: str, image: jax.Array) -> jax.Array:
+    """A uniform draw from the unit ball around 0, of the image's shape and dtype."""
     shape = image.shape
     if norm == "linf":
-        offset = jax.random.uniform(key, shape, image.dtype, -1, 1)
-    elif norm == "l2":
+        return jax.random.uniform(key, shape, image.dtype, -1, 1)
+    if norm == "l2":
         of_direction, of_length = jax.random.split(key)
         offset = direction(norm, jax.random.normal(of_direction, shape, image.dtype))
-        offset = offset * jax.random.uniform(of_length, (), image.dtype) ** (1 / math.prod(shape))
-    else:
-        of_sign, of_size = jax.random.split(key)
-        share = jax.random.exponential(of_size, (math.prod(shape) + 1,), image.dtype)
-        share = (share / jnp.sum(share))[1:].reshape(shape)
-        offset = share * jax.random.rademacher(of_sign, shape, image.dtype)
-    return project(norm, eps, image, image + eps * offset)
+        return offset * jax.random.uniform(of_length, (), image.dtype) ** (1 / math.prod(shape))
+    of_sign, of_size = jax.random.split(key)
+    share = jax.random.exponential(of_size, (math.prod(shape) + 1,), image.dtype)
+    share = (share / jnp.sum(share))[1:].reshape(shape)
+    return share * jax.random.rademacher(of_sign, shape, image.dtype)
 
 
 def inside(norm: str, eps: Radius, image: jax.Array, point: jax.Array) -> jax.Array:

@@ -15,7 +15,7 @@ from fedrobust.attacks import auto_pgd, run
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "torch_auto_pgd.json").read_text())
 CASES = list(dict.fromkeys((net, norm, eps, objective) for net, norm, eps, objective, *_ in GOLDEN["runs"]))
 TOLERANCE = 0.2  # points of accuracy on 1000 images
-NUM_KEYS = 5
+NUM_KEYS = {"cross_entropy": 12, "dlr": 16, "targeted_dlr": 1}
 
 
 def net_of(net):
@@ -30,7 +30,7 @@ def net_of(net):
 
 @functools.cache
 def ours(net, norm, eps, objective):
-    """[5,N] bool: clean errors and what Auto-PGD breaks, by key."""
+    """[keys,N] bool: clean errors and what Auto-PGD breaks, by start."""
     logits_fn, image, label = net_of(net)
     search = auto_pgd(
         norm=norm,
@@ -42,23 +42,27 @@ def ours(net, norm, eps, objective):
     )
     attack = run(search, num_slots=128)
     program = jax.jit(lambda key: attack(key, logits_fn, image, label, label >= 0).wrong)
-    num = 1 if objective == "targeted_dlr" else NUM_KEYS
+    num = NUM_KEYS[objective]
     return np.stack([program(jax.random.key(i)) for i in range(num)])
 
 
 def theirs(case, peer):
-    """[N] bool, from one start."""
-    (wrong,) = [row[5] for row in GOLDEN["runs"] if tuple(row[:4]) == case and row[4] == peer]
+    """[seeds] how many of 1000 stay right."""
+    return [row[6] for row in GOLDEN["runs"] if tuple(row[:4]) == case and row[4] == peer]
+
+
+def first_of_theirs(case, peer):
+    """[N] bool, clean errors and what broke from the first start."""
+    (wrong,) = [row[7] for row in GOLDEN["runs"] if tuple(row[:4]) == case and row[4] == peer and row[5] == 0]
     return np.unpackbits(np.frombuffer(bytes.fromhex(wrong), np.uint8))[:1000].astype(bool)
 
 
 @pytest.mark.parametrize("peer", ["torchattacks", "pyautoattack"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_mean_accuracy_agrees_within_a_fifth_of_a_point(case, peer):
-    """Up to two standard deviations of what the random start alone does: with untargeted DLR 0.35 points."""
-    mine, other = 100 * np.mean(~ours(*case), axis=1), 100 * np.mean(~theirs(case, peer))
-    noise = 2 * mine.std(ddof=1) * np.sqrt(1 + 1 / len(mine)) if len(mine) > 1 else 0.0
-    assert abs(mine.mean() - other) <= TOLERANCE + noise + 1e-9
+    """Means over starts, theirs over 12 or 48: one start moves the accuracy by up to 0.3 points."""
+    mine, other = 100 * np.mean(~ours(*case)), 0.1 * np.mean(theirs(case, peer))
+    assert abs(mine - other) <= TOLERANCE + 1e-9, (mine, other)
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
@@ -67,5 +71,5 @@ def test_the_union_of_ours_is_never_more_accurate_than_the_union_of_theirs(norm)
     cases = [case for case in CASES if case[:2] == ("ten", norm)]
     mine = np.any([ours(*case)[0] for case in cases], axis=0)
     for peer in ("torchattacks", "pyautoattack"):
-        other = np.any([theirs(case, peer) for case in cases], axis=0)
+        other = np.any([first_of_theirs(case, peer) for case in cases], axis=0)
         assert np.mean(~mine) <= np.mean(~other) + 1e-9

@@ -1,5 +1,7 @@
 """Projections, directions and draws: optimality by duality, closed forms, volumes."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -89,6 +91,16 @@ def test_a_direction_has_unit_length_and_the_dual_norm_as_its_slope(norm):
     np.testing.assert_allclose(jnp.sum(found * gradient), balls.length(dual, gradient), rtol=1e-6)
     for nothing in (0.0, jnp.nan):
         np.testing.assert_array_equal(balls.direction(norm, jnp.full(SHAPE, nothing)), np.zeros(SHAPE))
+
+
+@pytest.mark.parametrize("norm", balls.NORMS)
+def test_a_surface_start_has_the_length_of_the_radius_in_all_directions(norm):
+    keys, centre = jax.random.split(jax.random.key(4), 500), jnp.full(SHAPE, 0.5)
+    draw = jax.jit(jax.vmap(lambda key, eps: balls.surface_start(key, norm, eps, centre), (0, None)))
+    delta = draw(keys, 0.2) - centre
+    np.testing.assert_allclose(jax.vmap(functools.partial(balls.length, norm))(delta), 0.2, rtol=1e-5)
+    assert abs(np.mean(delta > 0) - 0.5) < 5 * 0.5 / np.sqrt(delta.size)
+    np.testing.assert_array_equal(draw(keys[:2], 0.0), np.full((2, *SHAPE), 0.5))
 
 
 def test_l1_draws_are_uniform_in_the_ball():
