@@ -148,8 +148,8 @@ def _torch_side(
 
     warnings.simplefilter("ignore")
     torch.set_num_threads(os.cpu_count() or 1)
-    model = torch_sides._resnet9().eval()
-    _load(torch, model, weights)
+    model = torch_sides.resnet9().eval()
+    torch_sides.set_weights(model, weights)
     x = torch.from_numpy(np.ascontiguousarray(image.transpose(0, 3, 1, 2)))
     y = torch.from_numpy(label.astype(np.int64))
     with torch.no_grad():
@@ -202,25 +202,6 @@ def _art(torch: Any, model: Any, image: np.ndarray, label: np.ndarray) -> Step:
         verbose=False,
     )
     return lambda: attack.generate(image, label)
-
-
-def _load(torch: Any, model: Any, weights: dict[str, np.ndarray]) -> None:
-    """Both list their layers in the order in which they run; kernels have their axes turned."""
-
-    def position(name: str) -> list[int]:
-        return [int(word) for word in name.split("/")[0].split("_") if word.isdigit()]
-
-    layers = [layer for layer in model.modules() if list(layer.parameters(recurse=False))]
-    names = sorted({name.split("/")[0] for name in weights}, key=position)
-    for name, layer in zip(names, layers, strict=True):
-        found = {entry.split("/")[1]: x for entry, x in weights.items() if entry.split("/")[0] == name}
-        kernel = found.get("kernel", found.get("scale"))
-        assert kernel is not None
-        order = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}[kernel.ndim]
-        with torch.no_grad():
-            layer.weight.copy_(torch.from_numpy(np.ascontiguousarray(kernel.transpose(order))))
-            if "bias" in found:
-                layer.bias.copy_(torch.from_numpy(found["bias"]))
 
 
 def _agree(prediction: Any, label: np.ndarray) -> None:

@@ -5,8 +5,10 @@ Opacus is timed up to its clipped sum of gradients: no noise, no update, as on o
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
+
+import numpy as np
 
 
 def side(name: str, num_examples: int, clip_norm: float) -> Callable[[], Any]:
@@ -16,7 +18,7 @@ def side(name: str, num_examples: int, clip_norm: float) -> Callable[[], Any]:
     warnings.filterwarnings("ignore", "Full backward hook is firing")  # Opacus, on images that need no gradient
     torch.set_num_threads(os.cpu_count() or 1)
     torch.manual_seed(0)
-    model = _resnet9()
+    model = resnet9()
     image, label = torch.rand(num_examples, 1, 28, 28), torch.arange(num_examples) % 2
     criterion = torch.nn.CrossEntropyLoss()
     if name in ("torch", "torch_channels_last"):
@@ -59,7 +61,8 @@ def _opacus(name: str, model: Any, criterion: Any, image: Any, label: Any, clip_
     return step
 
 
-def _resnet9() -> Any:
+def resnet9(width: int = 32) -> Any:
+    """The ResNet-9 of `fedrobust.models`, 28 x 28 x 1, two classes, new weights."""
     from torch import nn
 
     class Residual(nn.Module):
@@ -75,15 +78,38 @@ def _resnet9() -> Any:
         return nn.Sequential(convolution, nn.GroupNorm(8, features, eps=1e-6), nn.ReLU())
 
     return nn.Sequential(
-        block(1, 32),
-        block(32, 64),
+        block(1, width),
+        block(width, 2 * width),
         nn.MaxPool2d(2),
-        Residual(block(64, 64), block(64, 64)),
-        block(64, 128),
+        Residual(block(2 * width, 2 * width), block(2 * width, 2 * width)),
+        block(2 * width, 4 * width),
         nn.MaxPool2d(2),
-        block(128, 128),
-        Residual(block(128, 128), block(128, 128)),
+        block(4 * width, 4 * width),
+        Residual(block(4 * width, 4 * width), block(4 * width, 4 * width)),
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
-        nn.Linear(128, 2),
+        nn.Linear(4 * width, 2),
     )
+
+
+def set_weights(model: Any, weights: Mapping[str, np.ndarray]) -> None:
+    """Gives a `resnet9` the weights of ours, `"layer/entry" -> array`.
+
+    Both list their layers in the order in which they run; kernels have their axes turned.
+    """
+    import torch
+
+    def position(name: str) -> list[int]:
+        return [int(word) for word in name.split("/")[0].split("_") if word.isdigit()]
+
+    layers = [layer for layer in model.modules() if list(layer.parameters(recurse=False))]
+    names = sorted({name.split("/")[0] for name in weights}, key=position)
+    for name, layer in zip(names, layers, strict=True):
+        found = {entry.split("/")[1]: x for entry, x in weights.items() if entry.split("/")[0] == name}
+        kernel = found.get("kernel", found.get("scale"))
+        assert kernel is not None
+        order = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}[kernel.ndim]
+        with torch.no_grad():
+            layer.weight.copy_(torch.from_numpy(np.ascontiguousarray(kernel.transpose(order))))
+            if "bias" in found:
+                layer.bias.copy_(torch.from_numpy(found["bias"]))
