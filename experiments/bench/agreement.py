@@ -2,19 +2,18 @@
 
 The models are files that `combinations` left: plain, at and dp+at of one seed. Each member attacks, by itself, every
 image that is classified rightly; both sides predict the same class for every clean image, or the command stops.
-torchattacks and pyautoattack have no targeted DLR for two classes: our set is theirs with a margin in its place.
+torchattacks and pyautoattack have no targeted DLR for two classes; our set has a margin in its place.
 
-Command, with `pip install -e ".[attacks]"`: python -m experiments.bench.agreement results/combinations-.../models --json FILE
+Command, with `pip install -e ".[attacks]"`: python -m experiments.bench.agreement MODELS [--json FILE]
 """
 
 import json as json_format
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import numpy as np
@@ -31,8 +30,33 @@ from fedrobust.types import Dataset
 
 COMBINATIONS = ("plain", "at", "dp+at")
 NUM_STEPS = 100
-NUM_QUERIES = 5000
 NUM_SLOTS = 64
+
+
+class Setting(NamedTuple):
+    """Of every attack. Attributes: eps, the Linf radius; seed; num_queries, of Square."""
+
+    eps: float
+    seed: int
+    num_queries: int
+
+
+class Case(NamedTuple):
+    """One model and its images. Attributes: params; apply; width; image; label; clean, [N] bool, what is right."""
+
+    params: Any
+    apply: Callable[[Any, Any], jax.Array]
+    width: int
+    image: np.ndarray
+    label: np.ndarray
+    clean: np.ndarray
+
+
+Broken = Iterator[tuple[str, np.ndarray]]
+"""Members, with which images each breaks [N] bool."""
+
+Found = dict[str, dict[str, float]]
+"""member -> side -> accuracy in %; also "clean" and "together"."""
 
 
 def main(
@@ -40,7 +64,7 @@ def main(
     json: Path | None = None,
     eps: float = 8 / 255,
     seed: int = 0,
-    queries: int = NUM_QUERIES,
+    num_queries: int = 5000,
 ) -> None:
     """Runs both sides on every model and prints what each member leaves.
 
@@ -49,111 +73,113 @@ def main(
         json: where to write what was found.
         eps: Linf radius, images in [0, 1].
         seed: of the models and of the attacks.
-        queries: of Square.
+        num_queries: of Square.
     """
     check.require(models.is_dir(), "models", str(models), "a folder that exists")
     check.require(json is None or json.parent.is_dir(), "--json", str(json), "in a folder that exists")
-    test = data.load("pneumonia_mnist").test
-    found = {name: _of_model(models / f"{name}-seed{seed}.safetensors", test, eps, seed, queries) for name in COMBINATIONS}
+    setting, test = Setting(eps, seed, num_queries), data.load("pneumonia_mnist").test
+    found = {}
+    for name in COMBINATIONS:
+        found[name] = compare(_case(models / f"{name}-seed{seed}.safetensors", test), setting, name)
     Console().print(_table(found, eps))
     if json is not None:
         versions = {name: version(name) for name in ("jax", "torch", "torchattacks", "pyautoattack")}
-        record = {"eps": eps, "seed": seed, "steps": NUM_STEPS, "queries": queries, "versions": versions}
-        write_text(json, json_format.dumps(record | {"accuracy": found}, indent=1) + "\n")
+        record = {**setting._asdict(), "num_steps": NUM_STEPS, "versions": versions, "accuracy": found}
+        write_text(json, json_format.dumps(record, indent=1) + "\n")
 
 
-def _of_model(path: Path, test: Dataset, eps: float, seed: int, queries: int) -> dict[str, dict[str, float]]:
-    """Accuracy in % by side and member, and under all members together."""
+def compare(case: Case, setting: Setting, name: str) -> Found:
+    """Accuracy in % under each member by itself, and under all of a side's members together."""
+    result: Found = {"clean": {"fedrobust": 100 * float(case.clean.mean())}}
+    for side, broken in {"fedrobust": _ours(case, setting), **_peers(case, setting)}.items():
+        standing = case.clean.copy()
+        for member, wrong in broken:
+            accuracy = 100 * float(np.mean(case.clean & ~wrong))
+            print(f"{name}: {member} of {side} leaves {accuracy:.2f}", file=sys.stderr, flush=True)
+            result.setdefault(member, {})[side] = accuracy
+            standing &= ~wrong
+        result.setdefault("together", {})[side] = 100 * float(standing.mean())
+    return result
+
+
+def _case(path: Path, test: Dataset) -> Case:
     study = preset("combinations", "pneumonia_mnist", "cpu")
     model = build_model(study, test.image.shape[1:], test.num_classes)
     image, label = np.asarray(test.image, np.float32), np.asarray(test.label)
     full = jax.eval_shape(model.init, jax.random.key(0), image[:1])
     params, apply = compression.load(path, model.apply, full, image[:1])
     clean = np.asarray(jax.jit(apply)(params, image).argmax(1)) == label
-    sides = {"fedrobust": _ours(params, apply, image, label, clean, eps, seed, queries)}
-    sides |= _peers(params, study.width, image, label, clean, eps, seed, queries)
-    result: dict[str, dict[str, float]] = {"clean": {"fedrobust": 100 * float(clean.mean())}}
-    for side, broken in sides.items():
-        standing = clean.copy()
-        for member, wrong in broken:
-            print(path.stem, side, member, f"{100 * np.mean(clean & ~wrong):.2f}", file=sys.stderr, flush=True)
-            result.setdefault(member, {})[side] = 100 * float(np.mean(clean & ~wrong))
-            standing &= ~wrong
-        result.setdefault("together", {})[side] = 100 * float(standing.mean())
-    return result
+    return Case(params, apply, study.width, image, label, clean)
 
 
-Broken = Iterator[tuple[str, np.ndarray]]
-"""Members, with which images each breaks [N] bool."""
+def _ours(case: Case, setting: Setting) -> Broken:
+    suite = attacks.auto_attack(
+        version="standard", norm="linf", eps=setting.eps, num_classes=2, num_queries=setting.num_queries
+    )
+    key = keys.stream(keys.root(setting.seed), "evaluate")
 
+    def logits_fn(x: jax.Array) -> jax.Array:
+        return case.apply(case.params, x)
 
-def _ours(
-    params: Any, apply: Any, image: np.ndarray, label: np.ndarray, clean: np.ndarray, eps: float, seed: int, queries: int
-) -> Broken:
-    suite = attacks.auto_attack(version="standard", norm="linf", eps=eps, num_classes=2, num_queries=queries)
     for member in suite.members:
         attack = attacks.run(member.search, num_slots=NUM_SLOTS)
-        key = keys.stream(keys.root(seed), "evaluate")
-        program = jax.jit(lambda x, y, todo, attack=attack, key=key: attack(key, lambda z: apply(params, z), x, y, todo))
-        yield member.name, np.asarray(program(image, label, clean).wrong)
+        found = jax.jit(attack, static_argnums=1)(key, logits_fn, case.image, case.label, case.clean)
+        yield member.name, np.asarray(found.wrong)
 
 
-def _peers(
-    params: Any, width: int, image: np.ndarray, label: np.ndarray, clean: np.ndarray, eps: float, seed: int, queries: int
-) -> dict[str, Broken]:
+def _peers(case: Case, setting: Setting) -> dict[str, Broken]:
     import torch
 
     warnings.simplefilter("ignore")
-    model = torch_sides.resnet9(width).eval()
-    weights = {f"{layer}/{name}": np.asarray(x) for layer, entry in params.items() for name, x in entry.items()}
-    torch_sides.set_weights(model, weights)
-    x = torch.from_numpy(np.ascontiguousarray(image.transpose(0, 3, 1, 2)))
-    y = torch.from_numpy(label.astype(np.int64))
+    model = torch_sides.resnet9(case.width).eval()
+    layers = case.params.items()
+    torch_sides.set_weights(model, {f"{layer}/{name}": np.asarray(x) for layer, e in layers for name, x in e.items()})
+    x = torch.from_numpy(np.ascontiguousarray(case.image.transpose(0, 3, 1, 2)))
+    y = torch.from_numpy(case.label.astype(np.int64))
 
     def right(sample: Any) -> np.ndarray:
         with torch.no_grad():
             return (model(sample).argmax(1) == y).numpy()
 
-    if not (right(x) == clean).all():
-        raise RuntimeError(f"the models disagree on {np.sum(right(x) != clean)} clean images")
+    if not (right(x) == case.clean).all():
+        raise RuntimeError(f"the models disagree on {np.sum(right(x) != case.clean)} clean images")
 
     def broken(makers: dict[str, Callable[[], Callable[..., Any]]]) -> Broken:
         for member, make in makers.items():
-            start = time.perf_counter()
             sample = make()(x.clone(), y)
-            inside = (sample - x).abs().amax((1, 2, 3)) <= eps * (1 + 1e-5) + 1e-6
+            inside = (sample - x).abs().amax((1, 2, 3)) <= setting.eps * (1 + 1e-5) + 1e-6
             inside &= (sample.amin((1, 2, 3)) >= 0) & (sample.amax((1, 2, 3)) <= 1)
-            print(f"{member}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
             yield member, ~right(sample) & inside.numpy()
 
-    return {name: broken(makers) for name, makers in _makers(model, eps, seed, queries).items()}
+    return {name: broken(makers) for name, makers in _makers(model, setting).items()}
 
 
-def _makers(model: Any, eps: float, seed: int, queries: int) -> dict[str, dict[str, Callable[[], Callable[..., Any]]]]:
+def _makers(model: Any, setting: Setting) -> dict[str, dict[str, Callable[[], Callable[..., Any]]]]:
     """How each peer's members are made."""
     import pyautoattack.autopgd_base as pgd
     import pyautoattack.fab_pt as fab
     import pyautoattack.square as square
     import torchattacks
 
-    one = {"norm": "Linf", "eps": eps, "seed": seed}
+    num = setting.num_queries
+    all_of = {"norm": "Linf", "eps": setting.eps, "seed": setting.seed}
+    all_py = {**all_of, "device": "cpu"}
+    steps_py = {**all_py, "n_iter": NUM_STEPS}
     return {
         "torchattacks": {
-            "apgd_ce": lambda: torchattacks.APGD(model, steps=NUM_STEPS, loss="ce", **one),
-            "fab_t": lambda: torchattacks.FAB(model, steps=NUM_STEPS, multi_targeted=True, n_classes=2, **one),
-            "square": lambda: torchattacks.Square(model, n_queries=queries, **one),
+            "apgd_ce": lambda: torchattacks.APGD(model, steps=NUM_STEPS, loss="ce", **all_of),
+            "fab_t": lambda: torchattacks.FAB(model, steps=NUM_STEPS, multi_targeted=True, n_classes=2, **all_of),
+            "square": lambda: torchattacks.Square(model, n_queries=num, **all_of),
         },
         "pyautoattack": {
-            "apgd_ce": lambda: pgd.APGDAttack(model, n_iter=NUM_STEPS, loss="ce", device="cpu", **one).perturb,
-            "fab_t": lambda: fab.FABAttack_PT(
-                model, n_iter=NUM_STEPS, targeted=True, n_target_classes=1, device="cpu", **one
-            ).perturb,
-            "square": lambda: square.SquareAttack(model, n_queries=queries, device="cpu", **one).perturb,
+            "apgd_ce": lambda: pgd.APGDAttack(model, loss="ce", **steps_py).perturb,
+            "fab_t": lambda: fab.FABAttack_PT(model, targeted=True, n_target_classes=1, **steps_py).perturb,
+            "square": lambda: square.SquareAttack(model, n_queries=num, **all_py).perturb,
         },
     }
 
 
-def _table(found: dict[str, dict[str, dict[str, float]]], eps: float) -> Table:
+def _table(found: dict[str, Found], eps: float) -> Table:
     sides = ("fedrobust", "torchattacks", "pyautoattack")
     view = Table(title=f"accuracy in % under each member alone, Linf {eps:.4f}")
     for title in ("model", "member", *sides):

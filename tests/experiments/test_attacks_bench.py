@@ -15,6 +15,7 @@ def test_rows_are_those_that_are_asked_for():
         "pgd40_over_torchattacks",
         "pgd40_over_foolbox_torch",
         "pgd40_over_foolbox_jax",
+        "pgd40_over_foolbox_jax_jit",
         "pgd40_over_art",
         "apgd100_over_torchattacks",
         "pgd40_compacted_over_plain",
