@@ -131,7 +131,7 @@ def _ask(search: Search, key: Key, logits_fn: Callable[..., Any], num_samples: i
 
         objective = search.objective
         if objective is None or state is None:
-            judged, logits = model(point)
+            judged, logits = trace.fast_inference(model)(point)
             return judged, Answer(logits, jnp.zeros(len(point), logits.dtype), jnp.zeros_like(point))
 
         def total(x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:

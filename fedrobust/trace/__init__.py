@@ -2,7 +2,7 @@
 
 from fedrobust.trace.cost import flops
 from fedrobust.trace.coupling import Coupling, couple
-from fedrobust.trace.fast import fast_convolutions
+from fedrobust.trace.fast import fast_convolutions, fast_inference
 from fedrobust.trace.gradients import interruptions, straight_through
 from fedrobust.trace.opened import with_open_kernels
 from fedrobust.trace.program import Equation, Program, evaluate, read
@@ -15,6 +15,7 @@ __all__ = [
     "couple",
     "evaluate",
     "fast_convolutions",
+    "fast_inference",
     "flops",
     "interruptions",
     "read",

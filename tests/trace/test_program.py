@@ -90,6 +90,20 @@ def test_fast_convolutions_compute_the_same_through_the_librarys_convolution(mon
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), got, want)
 
 
+def test_fast_inference_computes_the_same_by_contractions_alone():
+    kernel = jnp.asarray(np.random.default_rng(0).normal(size=(3, 3, 2, 4)), jnp.float32)
+    image = jnp.asarray(np.random.default_rng(1).normal(size=(5, 6, 6, 2)), jnp.float32)
+
+    def model(x):
+        plain = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return ops.conv(x, kernel), {"pair": plain.sum((1, 2))}
+
+    fast = trace.fast_inference(model)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), fast(image), model(image))
+    names = str(jax.make_jaxpr(fast)(image))
+    assert names.count("convolution_output") == 2 and "conv_general_dilated" not in names
+
+
 def test_a_convolution_in_another_layout_is_left_alone():
     def apply(image, kernel):
         return jax.lax.conv(image, kernel, (1, 1), "SAME")
