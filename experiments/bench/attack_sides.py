@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 NUM_STEPS = {"pgd40": 40, "apgd100": 100, "weak40": 40}
+FEW = 64  # images that take all these steps; more take a fifth of them, except "weak40"
 SMALL = 1e-4  # a radius at which nothing breaks, so that all sides take all steps
 LARGE = 0.3  # where this model has no defense
 STEP_SHARE = 0.25  # a step over the radius
@@ -31,9 +32,13 @@ def side(name: str, file: str) -> Step:
     with np.load(file) as stored:
         arrays = dict(stored)
     image, label = arrays.pop("image")[: int(size)], arrays.pop("label")[: int(size)]
-    if library in ("ours", "plain", "foolboxjax", "foolboxjaxjit"):
-        return _jax_side(attack, library, arrays, image, label)
-    return _torch_side(attack, library, arrays, image, label)
+    is_jax = library in ("ours", "plain", "foolboxjax", "foolboxjaxjit")
+    return (_jax_side if is_jax else _torch_side)(attack, library, num_steps(attack, int(size)), arrays, image, label)
+
+
+def num_steps(attack: str, size: int) -> int:
+    """Steps of an attack on this many images."""
+    return NUM_STEPS[attack] // (5 if size > FEW and attack != "weak40" else 1)
 
 
 def save(file: str, num: int) -> None:
@@ -71,7 +76,9 @@ def _model() -> Any:
     return models.build("resnet9", builder="flax", image_shape=(28, 28, 1), num_classes=2, width=32)
 
 
-def _jax_side(attack: str, library: str, weights: dict[str, np.ndarray], image: np.ndarray, label: np.ndarray) -> Step:
+def _jax_side(
+    attack: str, library: str, steps: int, weights: dict[str, np.ndarray], image: np.ndarray, label: np.ndarray
+) -> Step:
     import jax
 
     from experiments.bench import sides
@@ -91,8 +98,8 @@ def _jax_side(attack: str, library: str, weights: dict[str, np.ndarray], image: 
         def logits_fn(x: jax.Array) -> jax.Array:
             return model.apply(params, x)
 
-        return _foolbox_jax(jax.jit(logits_fn) if library.endswith("jit") else logits_fn, image, label)
-    run = _search(attack, library)
+        return _foolbox_jax(jax.jit(logits_fn) if library.endswith("jit") else logits_fn, image, label, steps)
+    run = _search(attack, library, steps)
 
     def program(key: Any, params: Any, image: Any, label: Any) -> Any:
         return run(key, lambda x: model.apply(params, x), image, label, label >= 0)
@@ -102,18 +109,18 @@ def _jax_side(attack: str, library: str, weights: dict[str, np.ndarray], image: 
     return lambda: jax.block_until_ready(compiled(*arguments))
 
 
-def _search(attack: str, library: str) -> Any:
+def _search(attack: str, library: str, steps: int) -> Any:
     from fedrobust import attacks
 
     eps = LARGE if attack == "weak40" else SMALL
     if attack == "apgd100":
-        search = attacks.auto_pgd(norm="linf", eps=eps, num_steps=100, random_start=False, objective="cross_entropy")
+        search = attacks.auto_pgd(norm="linf", eps=eps, num_steps=steps, random_start=False, objective="cross_entropy")
     else:
         search = attacks.momentum_pgd(
             norm="linf",
             eps=eps,
             step_size=STEP_SHARE * eps,
-            num_steps=40,
+            num_steps=steps,
             momentum=0.0,
             random_start=False,
             detect_cycles=False,
@@ -121,26 +128,26 @@ def _search(attack: str, library: str) -> Any:
     return attacks.run(search, num_slots=NUM_SLOTS, compact=library == "ours")
 
 
-def _foolbox_jax(logits_fn: Any, image: np.ndarray, label: np.ndarray) -> Step:
+def _foolbox_jax(logits_fn: Any, image: np.ndarray, label: np.ndarray, steps: int) -> Step:
     import foolbox
     import jax
 
     model = foolbox.models.JAXModel(logits_fn, bounds=(0, 1), data_format="channels_last")
-    attack = _foolbox_attack(foolbox)
+    attack = _foolbox_attack(foolbox, steps)
     arrays = tuple(map(jax.numpy.asarray, (image, label)))
     return lambda: jax.block_until_ready(
         attack.run(model, arrays[0], foolbox.criteria.Misclassification(arrays[1]), epsilon=SMALL)
     )
 
 
-def _foolbox_attack(foolbox: Any) -> Any:
+def _foolbox_attack(foolbox: Any, steps: int) -> Any:
     return foolbox.attacks.LinfProjectedGradientDescentAttack(
-        abs_stepsize=STEP_SHARE * SMALL, steps=40, random_start=False
+        abs_stepsize=STEP_SHARE * SMALL, steps=steps, random_start=False
     )
 
 
 def _torch_side(
-    attack: str, library: str, weights: dict[str, np.ndarray], image: np.ndarray, label: np.ndarray
+    attack: str, library: str, steps: int, weights: dict[str, np.ndarray], image: np.ndarray, label: np.ndarray
 ) -> Step:
     import torch
 
@@ -160,16 +167,18 @@ def _torch_side(
         import torchattacks
 
         if attack == "apgd100":
-            found = torchattacks.APGD(model, norm="Linf", eps=SMALL, steps=100, n_restarts=1, loss="ce", verbose=False)
+            found = torchattacks.APGD(
+                model, norm="Linf", eps=SMALL, steps=steps, n_restarts=1, loss="ce", verbose=False
+            )
         else:
-            found = torchattacks.PGD(model, eps=SMALL, alpha=STEP_SHARE * SMALL, steps=40, random_start=False)
+            found = torchattacks.PGD(model, eps=SMALL, alpha=STEP_SHARE * SMALL, steps=steps, random_start=False)
         return lambda: found(x, y)
     if library == "foolboxtorch":
         import foolbox
 
-        wrapped, steps = foolbox.PyTorchModel(model, bounds=(0, 1), device="cpu"), _foolbox_attack(foolbox)
-        return lambda: steps.run(wrapped, x, foolbox.criteria.Misclassification(y), epsilon=SMALL)
-    return _art(torch, model, x.numpy(), label)
+        wrapped, pgd = foolbox.PyTorchModel(model, bounds=(0, 1), device="cpu"), _foolbox_attack(foolbox, steps)
+        return lambda: pgd.run(wrapped, x, foolbox.criteria.Misclassification(y), epsilon=SMALL)
+    return _art(torch, model, x.numpy(), label, steps)
 
 
 def _channels_last_is_faster(torch: Any, model: Any, image: Any) -> bool:
@@ -186,7 +195,7 @@ def _channels_last_is_faster(torch: Any, model: Any, image: Any) -> bool:
     return times[1] < times[0]
 
 
-def _art(torch: Any, model: Any, image: np.ndarray, label: np.ndarray) -> Step:
+def _art(torch: Any, model: Any, image: np.ndarray, label: np.ndarray, steps: int) -> Step:
     from art.attacks.evasion import ProjectedGradientDescent
     from art.estimators.classification import PyTorchClassifier
 
@@ -196,7 +205,7 @@ def _art(torch: Any, model: Any, image: np.ndarray, label: np.ndarray) -> Step:
         norm=np.inf,
         eps=SMALL,
         eps_step=STEP_SHARE * SMALL,
-        max_iter=40,
+        max_iter=steps,
         num_random_init=0,
         batch_size=len(label),
         verbose=False,
