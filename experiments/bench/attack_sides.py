@@ -20,7 +20,7 @@ FEW = 64  # images that take all these steps; more take a fifth of them, except 
 SMALL = 1e-4  # a radius at which nothing breaks, so that all sides take all steps
 LARGE = 0.3  # where this model has no defense
 STEP_SHARE = 0.25  # a step over the radius
-NUM_SLOTS = 32
+NUM_SLOTS = 16
 NUM_TRAINING_STEPS = 60
 
 Step = Callable[[], Any]

@@ -14,7 +14,7 @@ theirs, of speed. Rows for 64 images have the plain name, those for 512 end in _
   the same search with all examples in step to its end. 40 steps per image count on both sides.
 
 Command: python -m experiments.bench attacks, with `pip install -e ".[attacks]"` for the rows of the others.
-Cost: about 12 minutes on 2 CPU cores.
+Cost: about 20 minutes on 2 CPU cores.
 """
 
 import importlib.util
