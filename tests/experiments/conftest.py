@@ -1,4 +1,4 @@
-"""What runs here runs for milliseconds: compiling is all that takes time."""
+"""Small studies, most of whose time goes into compiling."""
 
 import pytest
 
