@@ -24,10 +24,13 @@ def pneumonia_dir() -> Path:
     pytest.skip("no prepared pneumonia_mnist: set TFDS_DATA_DIR")
 
 
-@pytest.fixture
-def quick_compiler():
-    """Compiles in half the time what runs for milliseconds; equal programs still give equal bits."""
+@pytest.fixture(autouse=True)
+def _quick_compiler(request):
+    """Compiles in half the time what runs for milliseconds; equal programs still give equal bits.
+
+    Not where a test is marked `optimized`: it runs for long, or asks how exactly optimized code computes.
+    """
     before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
+    jax.config.update("jax_disable_most_optimizations", request.node.get_closest_marker("optimized") is None)
     yield
     jax.config.update("jax_disable_most_optimizations", before)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from fedrobust import models
-from fedrobust.attacks import UPDATE_ATTACKS
+from fedrobust.attacks import SEARCHES, UPDATE_ATTACKS, run
 from fedrobust.data import PARTITIONS
 from fedrobust.defenses import AGGREGATORS
 from fedrobust.federated import BACKENDS, map_clients
@@ -22,6 +22,12 @@ SETTINGS = {
     "dirichlet": {"alpha": 0.3},
     "quantity_skew": {"alpha": 0.3},
     "sign_flip": {"scale": 3.0},
+    "auto_pgd": {"norm": "linf", "num_steps": 6, "random_start": True, "objective": "margin"},
+    "fab": {"norm": "linf", "num_steps": 6, "num_targets": 2},
+    "momentum_pgd": {"norm": "linf", "step_size": 0.02, "num_steps": 6, "momentum": 0.5, "random_start": True},
+    "random_noise": {"norm": "linf", "num_queries": 6},
+    "rays": {"num_queries": 30, "tolerance": 1e-3},
+    "square": {"norm": "linf", "num_queries": 30, "p_init": 0.8},
 }
 KEY = jax.random.key(0)
 NUM_CLIENTS = 6
@@ -138,6 +144,49 @@ def test_an_update_attack_changes_malicious_rows_alone_and_is_pure(name):
     for before, after in zip(*map(jax.tree.leaves, (sent, received)), strict=True):
         assert (np.asarray(after)[malicious] != before[malicious]).all()
     assert bits(attack(KEY, sent, np.zeros(NUM_CLIENTS, bool))) == bits(sent)
+
+
+@functools.cache
+def search(name):
+    """`(eps, 0 or NaN added to the logits) -> Found` of a small net's own predictions, the last image left alone."""
+    rng = np.random.default_rng(3)
+    first, last = (rng.normal(size=size).astype(np.float32) for size in ((12, 8), (8, 3)))
+    image = rng.uniform(size=(6, 3, 4, 1)).astype(np.float32)
+
+    def logits_fn(x):
+        return jnp.tanh((x.reshape(len(x), -1) - 0.5) @ first) @ last
+
+    label, todo = logits_fn(image).argmax(1), np.arange(6) < 5
+
+    @jax.jit
+    def attack(eps, junk):
+        found = run(SEARCHES[name](eps=eps, **SETTINGS[name]), num_slots=4)
+        return found(KEY, lambda x: logits_fn(x) + junk, image, label, todo)
+
+    return attack, logits_fn, image, np.asarray(label)
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_a_search_counts_only_what_is_wrong_inside_the_ball_and_is_pure(name):
+    attack, logits_fn, image, label = search(name)
+    first, again = (attack(0.2, 0.0) for _ in range(2))
+    assert bits(first) == bits(again)
+    wrong = np.asarray(first.wrong)
+    assert wrong.any()
+    assert (np.asarray(logits_fn(first.image).argmax(1)) != label).tolist() == wrong.tolist()
+    assert (np.abs(first.image - image) <= 0.2 + 1e-6).all()
+    assert first.image.min() >= 0
+    assert first.image.max() <= 1
+    assert (first.image[5] == image[5]).all()
+    assert first.num_queries[5] == 0
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_a_search_finds_nothing_at_radius_zero_or_where_logits_are_nan(name):
+    attack = search(name)[0]
+    for found in (attack(0.0, 0.0), attack(0.2, np.nan)):
+        assert not found.wrong.any()
+        assert np.isfinite(found.image).all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -11,7 +11,7 @@ from fedrobust.types import Dataset, Model
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
 
-def test_the_research_script_runs_and_is_fifteen_lines(quick_compiler):
+def test_the_research_script_runs_and_is_fifteen_lines():
     script = re.search(r"```python\n(import numpy.*?)```", README, re.DOTALL).group(1)
     assert len(script.strip().splitlines()) == 15
     names = {}
@@ -20,7 +20,7 @@ def test_the_research_script_runs_and_is_fifteen_lines(quick_compiler):
     assert names["plan"].epsilon <= 8.0
 
 
-def test_auto_attack_and_the_verdict_run_on_any_model(quick_compiler, capsys):
+def test_auto_attack_and_the_verdict_run_on_any_model(capsys):
     """A linear model: its worst case is known."""
     script = re.search(r"```python\n(import jax, numpy.*?)```", README, re.DOTALL).group(1)
     rng = np.random.default_rng(0)

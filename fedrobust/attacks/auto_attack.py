@@ -87,15 +87,14 @@ def auto_attack(
         num_samples: of "rand": draws of the model per question, >= 1.
 
     Returns:
-        An `AutoAttack`. Two classes have no DLR and fewer than four no targeted one: there the (targeted) margin stands
-        in, and `replaced` says so.
+        An `AutoAttack`; `replaced` says what differs: two classes have no DLR and fewer than four no targeted one (the
+        margin, or targeted margin, stands in), and one targeted FAB stands for the two of "plus".
 
     Raises:
         ValueError: unknown version or norm, a number out of range.
 
     Source:
         Croce, Hein 2020, https://arxiv.org/abs/2003.01690, section 6, and the versions of their code's documentation.
-        Deviation: the untargeted and the targeted FAB of "plus" are one, targeted with 5 starts.
     """
     check.one_of("version", version, VERSIONS)
     check.one_of("norm", norm, NORMS)
@@ -129,6 +128,8 @@ def auto_attack(
         "rand": (pgd(*entropy, 1), pgd("apgd_dlr", "dlr", 1)),
     }[version]
     replaced = [_replacement(member.name, num_classes) for member in members]
+    if version == "plus":
+        replaced.append(Replacement("fab_t", "fab and fab_t", "fab_t", "the untargeted one has no targets of its own"))
     return AutoAttack(members, tuple(x for x in replaced if x), num_samples if version == "rand" else None)
 
 

@@ -18,7 +18,6 @@ from experiments.run import main, parse
 SMOKE = ["audit", "--scale", "smoke", "--combinations", "dp", "--dp.num-rounds", "2"]
 
 
-@pytest.mark.usefixtures("quick_compiler")
 def test_a_right_trainer_holds_and_one_with_half_the_noise_is_a_violation(tmp_path, capsys, monkeypatch):
     arguments = [*SMOKE, "--out", str(tmp_path / "out")]
     assert main(arguments) == 0

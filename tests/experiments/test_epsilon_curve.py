@@ -27,7 +27,7 @@ class Killed(BaseException):
 
 
 @pytest.fixture
-def watched(monkeypatch, quick_compiler):
+def watched(monkeypatch):
     """Runs a command in a folder: tells the rounds it went through, and kills it at a given one."""
     tiny = lambda *, num_classes, width, groups: (Conv(width), Relu(), GlobalPool(), Dense(num_classes))  # noqa: E731
     monkeypatch.setitem(SPECS, "small_cnn", tiny)

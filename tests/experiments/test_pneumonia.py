@@ -9,7 +9,7 @@ import optax
 from fedrobust import attacks, data, defenses, evaluation, federated, losses, models
 
 
-def test_a_round_on_chest_radiographs_moves_the_model_and_lowers_its_loss(pneumonia_dir, quick_compiler):
+def test_a_round_on_chest_radiographs_moves_the_model_and_lowers_its_loss(pneumonia_dir):
     splits = data.load("pneumonia_mnist", data_dir=pneumonia_dir)
     assert [len(split.label) for split in splits] == [4708, 524, 624]
     assert np.bincount(splits.train.label).tolist() == [1214, 3494]

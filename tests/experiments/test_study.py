@@ -35,7 +35,7 @@ def tiny(*, num_classes, width, groups):
 
 
 @pytest.fixture
-def watched(monkeypatch, quick_compiler):
+def watched(monkeypatch):
     """Runs `COMMAND` in a folder: tells the phases it went through, and kills it at a given one."""
     monkeypatch.setitem(SPECS, "small_cnn", tiny)
 

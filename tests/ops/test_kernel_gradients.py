@@ -56,7 +56,7 @@ def stacks(draw):
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(gradients=stacks())
-def test_norms_and_weighted_sum_equal_those_of_the_written_gradients(gradients, quick_compiler):
+def test_norms_and_weighted_sum_equal_those_of_the_written_gradients(gradients):
     exact = written(gradients)
     weight = np.array([0.5, 0, 2], np.float32)
     geometry, *factors = gradients

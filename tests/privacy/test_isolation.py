@@ -11,8 +11,6 @@ from fedrobust.attacks import fgsm, pgd
 from fedrobust.defenses import adversarial_loss
 from fedrobust.privacy import coupling, require_isolated
 
-pytestmark = pytest.mark.usefixtures("quick_compiler")
-
 KEY = jax.random.key(0)
 SIZE = 4
 
