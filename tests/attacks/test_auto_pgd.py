@@ -11,16 +11,13 @@ from fedrobust.attacks import OBJECTIVES, auto_pgd, run
 from fedrobust.attacks.auto_pgd import _windows
 from fedrobust.types import Answer
 
+pytestmark = pytest.mark.optimized  # without, float32 strays further from the loop in float64
+
 SHAPE = (4, 3, 1)
 KEY = jax.random.key(2)
 RNG = np.random.default_rng(5)
 HIDDEN, OUT = 2 * RNG.normal(size=(12, 8)), RNG.normal(size=(8, 5))
 IMAGE = RNG.uniform(0.1, 0.9, size=(12, *SHAPE)).astype(np.float32)
-
-
-@pytest.fixture(autouse=True)
-def _quick():
-    """Not here: without XLA's optimisations float32 strays further from the loop in float64."""
 
 
 def logits_fn(x):
