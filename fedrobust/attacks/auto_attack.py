@@ -3,10 +3,11 @@
 from typing import NamedTuple
 
 from fedrobust import check
-from fedrobust.attacks.auto_pgd import NORMS, auto_pgd
-from fedrobust.attacks.balls import Radius
+from fedrobust.attacks.auto_pgd import auto_pgd
+from fedrobust.attacks.balls import NORMS, Radius
 from fedrobust.attacks.fab import fab
 from fedrobust.attacks.objectives import OBJECTIVES
+from fedrobust.attacks.square import NORMS as SQUARE_NORMS
 from fedrobust.attacks.square import square
 from fedrobust.types import Search
 
@@ -34,7 +35,7 @@ class Replacement(NamedTuple):
     Attributes:
         member: the name of the member.
         published: what it is there.
-        used: what stands in for it.
+        used: what stands in for it; "" where nothing does.
         reason: why.
     """
 
@@ -79,7 +80,7 @@ def auto_attack(
 
     Args:
         version: one of the above.
-        norm: "linf" or "l2".
+        norm: "linf", "l2" or "l1".
         eps: radius of the ball >= 0, in units of the image range [0, 1].
         num_classes: L >= 2 of the model.
         num_steps: of Auto-PGD and FAB, >= 1.
@@ -88,13 +89,14 @@ def auto_attack(
 
     Returns:
         An `AutoAttack`; `replaced` says what differs: two classes have no DLR and fewer than four no targeted one (the
-        margin, or targeted margin, stands in), and one targeted FAB stands for the two of "plus".
+        margin, or targeted margin, stands in), one targeted FAB stands for the two of "plus", and "l1" has no Square.
 
     Raises:
         ValueError: unknown version or norm, a number out of range.
 
     Source:
         Croce, Hein 2020, https://arxiv.org/abs/2003.01690, section 6, and the versions of their code's documentation.
+        "l1": the members that Croce, Hein 2021, https://arxiv.org/abs/2103.01208, section 5, take.
     """
     check.one_of("version", version, VERSIONS)
     check.one_of("norm", norm, NORMS)
@@ -120,27 +122,36 @@ def auto_attack(
         search = fab(norm=norm, eps=eps, num_steps=num_steps, num_targets=num_targets, num_restarts=num_restarts)
         return Member("fab_t", search)
 
-    black_box = Member("square", square(norm=norm, eps=eps, num_queries=num_queries, p_init=0.8))
+    squares = [square(norm=norm, eps=eps, num_queries=num_queries, p_init=0.8)] if norm in SQUARE_NORMS else []
+    black_box = [Member("square", search) for search in squares]
     entropy, targeted = ("apgd_ce", "cross_entropy"), ("apgd_t", "targeted_dlr", 1, num_targets)
     members = {
-        "standard": (pgd(*entropy, 1), pgd(*targeted), boundary(1), black_box),
-        "plus": (pgd(*entropy, 5), pgd("apgd_dlr", "dlr", 5), boundary(5), black_box, pgd(*targeted)),
+        "standard": (pgd(*entropy, 1), pgd(*targeted), boundary(1), *black_box),
+        "plus": (pgd(*entropy, 5), pgd("apgd_dlr", "dlr", 5), boundary(5), *black_box, pgd(*targeted)),
         "rand": (pgd(*entropy, 1), pgd("apgd_dlr", "dlr", 1)),
     }[version]
-    replaced = [_replacement(member.name, num_classes) for member in members]
+    return AutoAttack(members, _replaced(version, norm, num_classes), num_samples if version == "rand" else None)
+
+
+def _replaced(version: str, norm: str, num_classes: int) -> tuple[Replacement, ...]:
+    """What differs from the published set."""
+    published = {
+        "standard": {"apgd_t": "targeted_dlr"},
+        "plus": {"apgd_dlr": "dlr", "apgd_t": "targeted_dlr"},
+        "rand": {"apgd_dlr": "dlr"},
+    }[version]
+    found = [
+        Replacement(member, objective, used, f"{objective} is not defined for {num_classes} classes")
+        for member, objective in published.items()
+        if (used := _defined(objective, num_classes)) != objective
+    ]
     if version == "plus":
-        replaced.append(Replacement("fab_t", "fab and fab_t", "fab_t", "the untargeted one has no targets of its own"))
-    return AutoAttack(members, tuple(x for x in replaced if x), num_samples if version == "rand" else None)
+        found.append(Replacement("fab_t", "fab and fab_t", "fab_t", "the untargeted one has no targets of its own"))
+    if version != "rand" and norm not in SQUARE_NORMS:
+        found.append(Replacement("square", "square", "", f"not written for {norm}"))
+    return tuple(found)
 
 
 def _defined(objective: str, num_classes: int) -> str:
     """The objective, or what stands in for it where it is not defined."""
     return objective if num_classes >= OBJECTIVES[objective].min_classes else _STAND_IN[objective]
-
-
-def _replacement(name: str, num_classes: int) -> Replacement | None:
-    objective = {"apgd_dlr": "dlr", "apgd_t": "targeted_dlr"}.get(name, "cross_entropy")
-    used = _defined(objective, num_classes)
-    if used == objective:
-        return None
-    return Replacement(name, objective, used, f"{objective} is not defined for {num_classes} classes")

@@ -11,9 +11,8 @@ import numpy as np
 from fedrobust import check
 from fedrobust.attacks import balls, objectives
 from fedrobust.attacks.balls import Radius
+from fedrobust.attacks.l1_auto_pgd import l1_auto_pgd
 from fedrobust.types import Answer, Key, Search
-
-NORMS = ("linf", "l2")
 
 _INERTIA = 0.25  # 1 - alpha of the paper: the share of the last move in the next
 _RISING = 0.75  # rho: the share of steps that must rise for the step size to stay
@@ -49,10 +48,10 @@ def auto_pgd(
 
     P is the projection, d the unit direction of the gradient. s begins at 2 eps. At checkpoints it is halved and the
     search goes on from the best point so far, if less than 0.75 of the steps since the last checkpoint raised the
-    objective, or if neither s nor the best value has changed since.
+    objective, or if neither s nor the best value has changed since. For "l1" see `l1_auto_pgd`.
 
     Args:
-        norm: "linf" or "l2", of the ball and of the step.
+        norm: "linf", "l2" or "l1", of the ball and of the step.
         eps: radius of the ball >= 0, in units of the image range [0, 1].
         num_steps: gradients per try, >= 1; the point after the last is asked about as well.
         random_start: start on the surface of the ball, in a random direction, not at the clean image.
@@ -76,12 +75,21 @@ def auto_pgd(
         and 2; the start is that of the authors' code. A rise is counted between points that were asked about, so the
         first after a return to the best point is measured from the point before it.
     """
-    check.one_of("norm", norm, NORMS)
+    check.one_of("norm", norm, balls.NORMS)
     balls.check_radius("eps", eps)
     check.at_least("num_steps", num_steps, 1)
     check.at_least("num_restarts", num_restarts, 1)
     check.require(num_restarts == 1 or random_start, "num_restarts", num_restarts, "1 unless random_start is true")
     resolved = objectives.resolve(objective, num_targets)
+    if norm == "l1":
+        return l1_auto_pgd(
+            eps=eps,
+            num_steps=num_steps,
+            random_start=random_start,
+            objective=resolved,
+            num_restarts=num_restarts,
+            num_targets=num_targets,
+        )
     window = _windows(num_steps)
 
     def start(key: Key, image: jax.Array, logits: jax.Array, label: jax.Array, index: jax.Array) -> _State:

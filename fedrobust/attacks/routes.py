@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from fedrobust import check, trace
-from fedrobust.attacks.auto_pgd import NORMS, auto_pgd
+from fedrobust.attacks.auto_pgd import auto_pgd
 from fedrobust.attacks.driver import run
-from fedrobust.attacks.square import square
+from fedrobust.attacks.square import NORMS, square
 from fedrobust.attacks.transfer import transfer, with_gradient_of
 from fedrobust.types import Found, Key, LogitsFn, Run, Search
 

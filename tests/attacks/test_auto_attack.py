@@ -73,6 +73,12 @@ def test_what_is_not_defined_is_replaced_and_said(version, num_classes, expected
             assert jax.eval_shape(search.objective, logits, jnp.int32(0), state).shape == ()
 
 
+def test_the_l1_set_says_that_square_is_missing():
+    found = set_of(norm="l1", eps=1.0)
+    assert [member.name for member in found.members] == ["apgd_ce", "apgd_t", "fab_t"]
+    assert [x[:3] for x in found.replaced] == [("square", "square", "")]
+
+
 @pytest.mark.parametrize(
     ("setting", "bad"),
     [("version", "fast"), ("norm", "l0"), ("num_classes", 1), ("eps", -1.0), ("num_steps", 0), ("num_samples", 0)],

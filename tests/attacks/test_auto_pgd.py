@@ -205,7 +205,7 @@ def test_too_few_classes_and_too_many_targets_are_named():
 
 @pytest.mark.parametrize(
     ("setting", "bad"),
-    [("norm", "l1"), ("eps", -1.0), ("num_steps", 0), ("objective", "x"), ("num_restarts", 2), ("num_targets", 2)],
+    [("norm", "l0"), ("eps", -1.0), ("num_steps", 0), ("objective", "x"), ("num_restarts", 2), ("num_targets", 2)],
 )
 def test_a_bad_setting_is_named(setting, bad):
     with pytest.raises(ValueError, match=f"^{setting} is "):
