@@ -82,14 +82,7 @@ def auto_pgd(
     check.require(num_restarts == 1 or random_start, "num_restarts", num_restarts, "1 unless random_start is true")
     resolved = objectives.resolve(objective, num_targets)
     if norm == "l1":
-        return l1_auto_pgd(
-            eps=eps,
-            num_steps=num_steps,
-            random_start=random_start,
-            objective=resolved,
-            num_restarts=num_restarts,
-            num_targets=num_targets,
-        )
+        return l1_auto_pgd(eps, num_steps, random_start, resolved, num_restarts, num_targets)
     window = _windows(num_steps)
 
     def start(key: Key, image: jax.Array, logits: jax.Array, label: jax.Array, index: jax.Array) -> _State:

@@ -43,7 +43,6 @@ class _Plan(NamedTuple):
 
 
 def l1_auto_pgd(
-    *,
     eps: Radius,
     num_steps: int,
     random_start: bool,
