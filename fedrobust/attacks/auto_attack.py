@@ -14,6 +14,7 @@ from fedrobust.types import Search
 VERSIONS = ("standard", "plus", "rand")
 
 _MAX_TARGETS = 9
+_OBJECTIVES = {"apgd_ce": "cross_entropy", "apgd_dlr": "dlr", "apgd_t": "targeted_dlr"}
 _STAND_IN = {"dlr": "margin", "targeted_dlr": "targeted_margin"}
 
 
@@ -71,16 +72,17 @@ def auto_attack(
 ) -> AutoAttack:
     """The sets of Croce and Hein, their settings as the defaults.
 
-    - "standard": Auto-PGD with cross-entropy, with targeted DLR, targeted FAB, Square;
+    - "standard": Auto-PGD with cross-entropy, with targeted DLR, targeted FAB, Square; in "l1" the first takes 5 starts
+      and the second 5 targets;
     - "plus": Auto-PGD with cross-entropy and with DLR, targeted FAB, each with 5 starts; Square; Auto-PGD with targeted
       DLR;
     - "rand", for randomised models: Auto-PGD with cross-entropy and with DLR, by expectation over transformation.
 
-    Targets are the 9 classes of the largest logits, or all others where there are fewer.
+    Other targets are the 9 classes of the largest logits; all others where there are fewer.
 
     Args:
         version: one of the above.
-        norm: "linf", "l2" or "l1".
+        norm: "linf", "l2" or, for "standard", "l1".
         eps: radius of the ball >= 0, in units of the image range [0, 1].
         num_classes: L >= 2 of the model.
         num_steps: of Auto-PGD and FAB, >= 1.
@@ -96,15 +98,15 @@ def auto_attack(
 
     Source:
         Croce, Hein 2020, https://arxiv.org/abs/2003.01690, section 6, and the versions of their code's documentation.
-        "l1": the members that Croce, Hein 2021, https://arxiv.org/abs/2103.01208, section 5, take.
+        "l1": Croce, Hein 2021, https://arxiv.org/abs/2103.01208, restarts and targets as in the same code.
     """
     check.one_of("version", version, VERSIONS)
-    check.one_of("norm", norm, NORMS)
+    check.one_of("norm", norm, NORMS if version == "standard" else SQUARE_NORMS)
     check.at_least("num_classes", num_classes, 2)
     check.at_least("num_samples", num_samples, 1)
-    num_targets = min(_MAX_TARGETS, num_classes - 1)
+    num_starts, most_targets = (5, 5) if norm == "l1" else (1, _MAX_TARGETS)
 
-    def pgd(name: str, objective: str, num_restarts: int, num_targets: int = 1) -> Member:
+    def pgd(name: str, num_restarts: int, num_targets: int = 1) -> Member:
         return Member(
             name,
             auto_pgd(
@@ -112,44 +114,39 @@ def auto_attack(
                 eps=eps,
                 num_steps=num_steps,
                 random_start=True,
-                objective=_defined(objective, num_classes),
+                objective=_defined(_OBJECTIVES[name], num_classes),
                 num_restarts=num_restarts,
-                num_targets=num_targets,
+                num_targets=min(num_targets, num_classes - 1),
             ),
         )
 
     def boundary(num_restarts: int) -> Member:
+        num_targets = min(_MAX_TARGETS, num_classes - 1)
         search = fab(norm=norm, eps=eps, num_steps=num_steps, num_targets=num_targets, num_restarts=num_restarts)
         return Member("fab_t", search)
 
-    squares = [square(norm=norm, eps=eps, num_queries=num_queries, p_init=0.8)] if norm in SQUARE_NORMS else []
-    black_box = [Member("square", search) for search in squares]
-    entropy, targeted = ("apgd_ce", "cross_entropy"), ("apgd_t", "targeted_dlr", 1, num_targets)
+    black_box: tuple[Member, ...] = ()
+    if norm in SQUARE_NORMS:
+        black_box = (Member("square", square(norm=norm, eps=eps, num_queries=num_queries, p_init=0.8)),)
+    targeted = pgd("apgd_t", 1, most_targets)
     members = {
-        "standard": (pgd(*entropy, 1), pgd(*targeted), boundary(1), *black_box),
-        "plus": (pgd(*entropy, 5), pgd("apgd_dlr", "dlr", 5), boundary(5), *black_box, pgd(*targeted)),
-        "rand": (pgd(*entropy, 1), pgd("apgd_dlr", "dlr", 1)),
+        "standard": (pgd("apgd_ce", num_starts), targeted, boundary(1), *black_box),
+        "plus": (pgd("apgd_ce", 5), pgd("apgd_dlr", 5), boundary(5), *black_box, targeted),
+        "rand": (pgd("apgd_ce", 1), pgd("apgd_dlr", 1)),
     }[version]
-    return AutoAttack(members, _replaced(version, norm, num_classes), num_samples if version == "rand" else None)
-
-
-def _replaced(version: str, norm: str, num_classes: int) -> tuple[Replacement, ...]:
-    """What differs from the published set."""
-    published = {
-        "standard": {"apgd_t": "targeted_dlr"},
-        "plus": {"apgd_dlr": "dlr", "apgd_t": "targeted_dlr"},
-        "rand": {"apgd_dlr": "dlr"},
-    }[version]
-    found = [
-        Replacement(member, objective, used, f"{objective} is not defined for {num_classes} classes")
-        for member, objective in published.items()
-        if (used := _defined(objective, num_classes)) != objective
-    ]
+    replaced = [x for member in members if (x := _replacement(member.name, num_classes))]
     if version == "plus":
-        found.append(Replacement("fab_t", "fab and fab_t", "fab_t", "the untargeted one has no targets of its own"))
-    if version != "rand" and norm not in SQUARE_NORMS:
-        found.append(Replacement("square", "square", "", f"not written for {norm}"))
-    return tuple(found)
+        replaced.append(Replacement("fab_t", "fab and fab_t", "fab_t", "the untargeted one has no targets of its own"))
+    if norm not in SQUARE_NORMS:
+        replaced.append(Replacement("square", "square", "", f"not written for {norm}"))
+    return AutoAttack(members, tuple(replaced), num_samples if version == "rand" else None)
+
+
+def _replacement(name: str, num_classes: int) -> Replacement | None:
+    objective = _OBJECTIVES.get(name)
+    if objective is None or (used := _defined(objective, num_classes)) == objective:
+        return None
+    return Replacement(name, objective, used, f"{objective} is not defined for {num_classes} classes")
 
 
 def _defined(objective: str, num_classes: int) -> str:

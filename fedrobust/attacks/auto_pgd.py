@@ -48,12 +48,12 @@ def auto_pgd(
 
     P is the projection, d the unit direction of the gradient. s begins at 2 eps. At checkpoints it is halved and the
     search goes on from the best point so far, if less than 0.75 of the steps since the last checkpoint raised the
-    objective, or if neither s nor the best value has changed since. For "l1" see `l1_auto_pgd`.
+    objective, or if neither s nor the best value has changed since. "l1" has its own rules: see `l1_auto_pgd`.
 
     Args:
         norm: "linf", "l2" or "l1", of the ball and of the step.
         eps: radius of the ball >= 0, in units of the image range [0, 1].
-        num_steps: gradients per try, >= 1; the point after the last is asked about as well.
+        num_steps: gradients per try, >= 1; the point after the last is asked about as well ("l1": of each stage).
         random_start: start on the surface of the ball, in a random direction, not at the clean image.
         objective: a name in `OBJECTIVES`, or one of your own.
         num_restarts: independent starts >= 1 per target; more than one needs `random_start`.
@@ -67,8 +67,8 @@ def auto_pgd(
             started: more targets than other classes; too few classes for the objective.
 
     Guarantees:
-        Points are in [0, 1] and in the ball up to float rounding. A zero or NaN gradient takes no step of its own; a
-        NaN value never counts as a rise or as the best.
+        Points are in [0, 1] and in the ball up to float rounding ("l1": those of the last stage; outside the ball none
+        counts). A zero or NaN gradient takes no step of its own; a NaN value never counts as a rise or as the best.
 
     Source:
         Croce, Hein 2020, https://arxiv.org/abs/2003.01690, algorithm 1 with section 3's checkpoints and conditions 1
@@ -82,7 +82,10 @@ def auto_pgd(
     check.require(num_restarts == 1 or random_start, "num_restarts", num_restarts, "1 unless random_start is true")
     resolved = objectives.resolve(objective, num_targets)
     if norm == "l1":
-        return l1_auto_pgd(eps, num_steps, random_start, resolved, num_restarts, num_targets)
+        return l1_auto_pgd(
+            eps=eps, num_steps=num_steps, random_start=random_start, objective=resolved,
+            num_restarts=num_restarts, num_targets=num_targets,
+        )  # fmt: skip
     window = _windows(num_steps)
 
     def start(key: Key, image: jax.Array, logits: jax.Array, label: jax.Array, index: jax.Array) -> _State:
@@ -101,11 +104,8 @@ def auto_pgd(
         x = jnp.where(halves, state.best_x, state.x)
         gradient = jnp.where(halves, state.best_gradient, answer.gradient)
         step_size = jnp.where(halves, state.step_size / 2, state.step_size)
-        ahead = balls.project(norm, eps, state.image, x + step_size * balls.direction(norm, gradient))
-        inertia = jnp.where(state.step == 0, 0, _INERTIA).astype(x.dtype)
-        moved = x + (1 - inertia) * (ahead - x) + inertia * (x - state.last_x)
         return state._replace(
-            x=balls.project(norm, eps, state.image, moved),
+            x=_moved(norm, eps, state, x, step_size * balls.direction(norm, gradient)),
             last_x=x,
             step=state.step + 1,
             step_size=step_size,
@@ -136,6 +136,13 @@ def _noted(state: _State, answer: Answer) -> _State:
         best_gradient=jnp.where(is_best, answer.gradient, state.best_gradient),
         num_rises=state.num_rises + ((answer.value > state.last_value) & (state.step > 0)),
     )
+
+
+def _moved(norm: str, eps: Radius, state: _State, x: jax.Array, step: jax.Array) -> jax.Array:
+    """The point after a step from `x`, with a share of the last move."""
+    ahead = balls.project(norm, eps, state.image, x + step)
+    inertia = jnp.where(state.step == 0, 0, _INERTIA).astype(x.dtype)
+    return balls.project(norm, eps, state.image, x + (1 - inertia) * (ahead - x) + inertia * (x - state.last_x))
 
 
 def _pays_no_more(state: _State, length: jax.Array) -> jax.Array:

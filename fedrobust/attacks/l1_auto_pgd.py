@@ -1,6 +1,5 @@
 """Auto-PGD for the l1 ball: few pixels per step, as many as the best point so far suggests, in balls that shrink."""
 
-import math
 from typing import NamedTuple
 
 import jax
@@ -12,7 +11,6 @@ from fedrobust.attacks.balls import Radius
 from fedrobust.types import Answer, Key, Search
 
 _SCALES = (3, 2, 1)  # radii of the stages, over eps
-_SHARES = (0.3, 0.3)  # of the steps, in all stages but the last
 _CHECKED = 0.04  # of a stage's steps lie between its checkpoints
 _FIRST = 5  # all entries over those that steps from the clean image may move
 _FEWER = 1.5  # entries that the best point moves over those of the next steps; also a step size over the next
@@ -34,15 +32,17 @@ class _State(NamedTuple):
 
 
 class _Plan(NamedTuple):
-    """What happens at each question: Attributes [num_queries]: scale of the radius; first, last: of a stage; checks."""
+    """What happens at each question, [num_queries]."""
 
-    scale: np.ndarray
-    first: np.ndarray
+    scale: np.ndarray  # of the radius
+    next_scale: np.ndarray  # of the question after it
+    first: np.ndarray  # of a stage
     last: np.ndarray
-    checks: np.ndarray
+    checks: np.ndarray  # is a checkpoint
 
 
 def l1_auto_pgd(
+    *,
     eps: Radius,
     num_steps: int,
     random_start: bool,
@@ -72,7 +72,8 @@ def l1_auto_pgd(
 
     Source:
         Croce, Hein 2021 ("Mind the box"), https://arxiv.org/abs/2103.01208, its l1-APGD in the multi-radius version;
-        what a stage starts with is as in the authors' code.
+        what a stage starts with is as in the authors' code. Deviation: shares of steps are rounded down, so that the
+        last stage has one at least.
     """
     plan = _plan(num_steps)
 
@@ -85,19 +86,19 @@ def l1_auto_pgd(
         return _State(image, target, x, x, none, jnp.zeros_like(image), jnp.int32(0), zero, zero, zero)
 
     def learn(state: _State, answer: Answer) -> _State:
-        scale, first, last, checks = (jnp.asarray(x)[state.step] for x in plan)
-        state = _noted(state, answer, first, jnp.asarray(scale * eps, state.x.dtype))
+        scale, next_scale, first, last, checks = (jnp.asarray(x)[state.step] for x in plan)
+        radius = jnp.asarray(scale * eps, state.x.dtype)
+        state = _noted(state, answer, first, radius)
         num_moved = _num_moved(state.image, state.best_x)
         is_sparser = checks & (num_moved < _STILL * state.num_moved)
         x = jnp.where(is_sparser, state.best_x, state.x)
         gradient = jnp.where(is_sparser, state.best_gradient, answer.gradient)
         num_kept = jnp.where(checks, num_moved / _FEWER, state.num_kept)
-        smaller = jnp.maximum(state.step_size / _FEWER, scale * eps / _SMALLEST)
-        step_size = jnp.where(is_sparser, scale * eps, jnp.where(checks, smaller, state.step_size))
-        moved = balls.project("l1", scale * eps, state.image, x + step_size * _sparse_direction(gradient, num_kept))
-        after = jnp.asarray(np.append(plan.scale[1:], 1))[state.step] * eps
+        smaller = jnp.maximum(state.step_size / _FEWER, radius / _SMALLEST)
+        step_size = jnp.where(is_sparser, radius, jnp.where(checks, smaller, state.step_size))
+        moved = jnp.where(last, state.best_x, x + step_size * _sparse_direction(gradient, num_kept))
         return state._replace(
-            x=jnp.where(last, balls.project("l1", after, state.image, state.best_x), moved),
+            x=balls.project("l1", next_scale * eps, state.image, moved),
             step=state.step + 1,
             step_size=step_size,
             num_kept=num_kept,
@@ -149,13 +150,13 @@ def _plan(num_steps: int) -> _Plan:
     >>> _plan(10).scale.tolist()
     [3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 1]
     """
-    num = [math.ceil(round(share * num_steps, 6)) for share in _SHARES]
+    early = 3 * num_steps // 10
     stages = []
-    for scale, n in zip(_SCALES, [*num, num_steps - sum(num)], strict=True):
+    for scale, n in zip(_SCALES, (early, early, num_steps - 2 * early), strict=True):
         place = np.arange(n + 1)
         every = max(int(_CHECKED * n), 1)
         # The checkpoint after the last step would change nothing: the next stage begins anew.
         checks = (place > 0) & (place % every == 0) & (place < n)
         stages += [np.stack([np.full(n + 1, scale), place == 0, place == n, checks])] if n else []
     scale, *flags = np.concatenate(stages, axis=1)
-    return _Plan(scale, *(flag.astype(bool) for flag in flags))
+    return _Plan(scale, np.append(scale[1:], 1), *(flag.astype(bool) for flag in flags))

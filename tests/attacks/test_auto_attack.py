@@ -75,8 +75,16 @@ def test_what_is_not_defined_is_replaced_and_said(version, num_classes, expected
 
 def test_the_l1_set_says_that_square_is_missing():
     found = set_of(norm="l1", eps=1.0)
-    assert [member.name for member in found.members] == ["apgd_ce", "apgd_t", "fab_t"]
+    assert [(name, search.num_tries) for name, search in found.members] == [("apgd_ce", 5), ("apgd_t", 5), ("fab_t", 9)]
     assert [x[:3] for x in found.replaced] == [("square", "square", "")]
+    few = set_of(norm="l1", eps=1.0, num_classes=3)
+    assert [search.num_tries for _, search in few.members] == [5, 2, 2]
+
+
+@pytest.mark.parametrize("version", ["plus", "rand"])
+def test_other_sets_have_no_l1(version):
+    with pytest.raises(ValueError, match=r"^norm is 'l1': "):
+        set_of(version, norm="l1")
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from fedrobust.attacks import auto_pgd, run
+from fedrobust.attacks.l1_auto_pgd import _plan
 from fedrobust.types import Answer
 
 pytestmark = pytest.mark.optimized  # without, float32 strays further from the loop in float64
@@ -129,6 +130,11 @@ def test_answers_that_say_nothing_leave_the_image(fill):
         np.testing.assert_array_equal(state.x, IMAGE[0])
 
 
-@pytest.mark.parametrize("num_steps", [1, 2, 5, 100])
-def test_any_number_of_steps_is_shared_out(num_steps):
-    assert num_steps + 1 <= search_of(num_steps=num_steps).num_queries <= num_steps + 3
+@pytest.mark.parametrize(
+    ("num_steps", "stages"),
+    [(1, [0, 0, 1]), (3, [0, 0, 3]), (4, [1, 1, 2]), (7, [2, 2, 3]), (50, [15, 15, 20]), (100, [30, 30, 40])],
+)
+def test_the_last_stage_has_a_step_however_few_there_are(num_steps, stages):
+    scale = _plan(num_steps).scale
+    assert [int(np.sum(scale == s)) for s in (3, 2, 1)] == [n + 1 if n else 0 for n in stages]
+    assert search_of(num_steps=num_steps).num_queries == len(scale)
