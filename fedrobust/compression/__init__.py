@@ -2,6 +2,7 @@
 
 from fedrobust.compression.artifact import guarantee, load, save
 from fedrobust.compression.budget import Measure, file_bytes, flops, masks_within, num_parameters
+from fedrobust.compression.learned import initial_scores, loss_of_scores
 from fedrobust.compression.pruning import (
     Channels,
     find_channels,
@@ -16,6 +17,7 @@ from fedrobust.compression.quantization import Quantized, dequantize, quantize
 from fedrobust.compression.schedule import cubic_sparsity, one_shot_sparsity
 from fedrobust.compression.scores import SCORES, taylor_scores
 from fedrobust.compression.selection import SCOPES, masks, num_kept
+from fedrobust.compression.sparse import n_of_m_masks, unstructured_masks
 
 __all__ = [
     "SCOPES",
@@ -29,12 +31,15 @@ __all__ = [
     "find_channels",
     "flops",
     "guarantee",
+    "initial_scores",
     "kept_units",
     "load",
+    "loss_of_scores",
     "masks",
     "masks_from_units",
     "masks_within",
     "max_difference",
+    "n_of_m_masks",
     "num_kept",
     "num_parameters",
     "one_shot_sparsity",
@@ -44,4 +49,5 @@ __all__ = [
     "shrink_apply",
     "slice_tree",
     "taylor_scores",
+    "unstructured_masks",
 ]
