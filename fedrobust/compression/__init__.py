@@ -1,7 +1,7 @@
 """Smaller models: structured pruning of any pure function, int8 weights, and a file that holds the result."""
 
 from fedrobust.compression.artifact import guarantee, load, save
-from fedrobust.compression.budget import Measure, file_bytes, flops, masks_within, num_parameters
+from fedrobust.compression.budget import Measure, masks_within, measure_bytes, measure_flops, measure_parameters
 from fedrobust.compression.learned import initial_scores, loss_of_scores
 from fedrobust.compression.pruning import (
     Channels,
@@ -27,9 +27,7 @@ __all__ = [
     "Quantized",
     "cubic_sparsity",
     "dequantize",
-    "file_bytes",
     "find_channels",
-    "flops",
     "guarantee",
     "initial_scores",
     "kept_units",
@@ -39,9 +37,11 @@ __all__ = [
     "masks_from_units",
     "masks_within",
     "max_difference",
+    "measure_bytes",
+    "measure_flops",
+    "measure_parameters",
     "n_of_m_masks",
     "num_kept",
-    "num_parameters",
     "one_shot_sparsity",
     "quantize",
     "save",

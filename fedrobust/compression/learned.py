@@ -32,7 +32,7 @@ def initial_scores(channels: Channels, params: Params) -> jax.Array:
     Returns:
         [U] float32 in [0, 1], each unit's norm over the largest of its group; 0 in a group of zeros.
 
-    Source: Sehwag et al., HYDRA, 2020, https://arxiv.org/abs/2002.10509, section 3.2. Deviations: a score per unit, not
+    Source: Sehwag et al., HYDRA, 2020, https://arxiv.org/abs/2002.10509, section 3. Deviations: a score per unit, not
         per weight, and no factor of the fan-in, which only scales the learning rate of a layer.
     """
     scores = np.sqrt(l2_scores(channels, params))
@@ -70,7 +70,7 @@ def loss_of_scores(
         data: under privacy the loss goes through `privacy.clipped_grad` and `privacy.private_grad` like any other,
         each step charged to the ledger, with noise in U dimensions only.
 
-    Source: Sehwag et al., HYDRA, 2020, https://arxiv.org/abs/2002.10509, section 3.2, with the gradient of Ramanujan et
+    Source: Sehwag et al., HYDRA, 2020, https://arxiv.org/abs/2002.10509, section 3, with the gradient of Ramanujan et
         al., 2020, https://arxiv.org/abs/1911.13299, section 3. Deviation: whole units, the same share of every group.
     """
     check.fraction("sparsity", sparsity, one=False)

@@ -30,7 +30,7 @@ def n_of_m_masks(params: Params, *, n: int = 2, m: int = 4) -> Params:
     Raises:
         ValueError: n or m out of range.
 
-    Source: Mishra et al., Accelerating Sparse Deep Neural Networks, 2021, https://arxiv.org/abs/2104.08378, section 3.
+    Source: Mishra et al., Accelerating Sparse Deep Neural Networks, 2021, https://arxiv.org/abs/2104.08378.
     """
     check.at_least("m", m, 1)
     check.require(isinstance(n, int) and 1 <= n <= m, "n", n, f"a whole number in [1, m = {m}]")
