@@ -6,7 +6,6 @@ from fedrobust.compression.pruning import (
     Channels,
     find_channels,
     kept_units,
-    masks,
     masks_from_units,
     max_difference,
     shrink,
@@ -15,8 +14,12 @@ from fedrobust.compression.pruning import (
 )
 from fedrobust.compression.quantization import Quantized, dequantize, quantize
 from fedrobust.compression.schedule import cubic_sparsity
+from fedrobust.compression.scores import SCORES, taylor_scores
+from fedrobust.compression.selection import SCOPES, masks, num_kept
 
 __all__ = [
+    "SCOPES",
+    "SCORES",
     "Channels",
     "Quantized",
     "cubic_sparsity",
@@ -29,9 +32,11 @@ __all__ = [
     "masks",
     "masks_from_units",
     "max_difference",
+    "num_kept",
     "quantize",
     "save",
     "shrink",
     "shrink_apply",
     "slice_tree",
+    "taylor_scores",
 ]

@@ -6,7 +6,6 @@ whole norm group, because zeroing part of a group and removing it are not the sa
 model's own equations (`fedrobust.trace`), so nothing has to be annotated.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -69,41 +68,6 @@ def find_channels(apply: Apply, params: Params, image: Any) -> Channels:
     return Channels(unit, group, shapes, jax.tree.structure(params), coupling.unknown)
 
 
-def masks(channels: Channels, params: Params, *, sparsity: float, score: str = "l2") -> Params:
-    """Masks that remove the same share of the lowest-scoring units from every group.
-
-    A unit's score is the norm of all parameters that go with it. Of a group of n units, floor(sparsity * n) go, so at
-    least one stays.
-
-    Args:
-        channels: the model's units.
-        params: the parameters to score, concrete float arrays.
-        sparsity: in [0, 1), the share of units to remove.
-        score: "l2" or "l1".
-
-    Returns:
-        A pytree like `params` of float32 zeros and ones; `fedrobust.trees.multiply(params, masks)` is the masked model.
-
-    Raises:
-        ValueError: sparsity outside [0, 1), unknown score, or parameters of other shapes.
-
-    Source: Li et al., Pruning Filters for Efficient ConvNets, 2017, https://arxiv.org/abs/1608.08710, section 3.1 (L1),
-        and Fang et al., DepGraph, 2023, https://arxiv.org/abs/2301.12900, section 3.3 (one norm over all coupled
-        parameters). Here every layer loses the same share.
-    """
-    check.fraction("sparsity", sparsity, one=False)
-    check.one_of("score", score, ("l1", "l2"))
-    _require_like_params("params", params, channels)
-    scores = _scores(channels, params, power=1 if score == "l1" else 2)
-    keep = np.ones(len(channels.group), bool)
-    for number in np.unique(channels.group):
-        members = np.flatnonzero(channels.group == number)
-        # The small term undoes roundings such as 0.29 * 100 = 28.999...
-        num_removed = min(math.floor(sparsity * len(members) + 1e-9), len(members) - 1)
-        keep[members[np.argsort(scores[members], kind="stable")[:num_removed]]] = False
-    return masks_from_units(channels, keep)
-
-
 def masks_from_units(channels: Channels, keep: Any) -> Params:
     """Masks from a choice of units.
 
@@ -112,7 +76,8 @@ def masks_from_units(channels: Channels, keep: Any) -> Params:
         keep: [U] bool, which units stay.
 
     Returns:
-        A pytree like `params` of float32 zeros and ones.
+        A pytree like the parameters of float32 zeros and ones; `fedrobust.trees.multiply(params, masks)` is the masked
+        model.
     """
     keep = np.append(np.asarray(keep, np.float32), np.float32(1))  # index -1 always stays
     leaves = []
@@ -137,7 +102,7 @@ def kept_units(channels: Channels, masks: Params) -> np.ndarray:
     Raises:
         ValueError: masks of other shapes, or masks that remove every unit of some group.
     """
-    _require_like_params("masks", masks, channels)
+    require_like_params("masks", masks, channels)
     keep = np.zeros(len(channels.group), bool)
     for leaf, axes in zip(jax.tree.leaves(masks), channels.unit, strict=True):
         present = np.asarray(leaf) != 0
@@ -160,7 +125,7 @@ def slice_tree(channels: Channels, masks: Params, tree: Params) -> Params:
     Returns:
         The same tree with smaller leaves.
     """
-    _require_like_params("tree", tree, channels)
+    require_like_params("tree", tree, channels)
     keep = _keep(channels, kept_units(channels, masks))
     # On the host: cut by XLA, every new shape would cost a compilation.
     leaves = [np.asarray(x)[np.ix_(*axes)] for x, axes in zip(jax.tree.leaves(tree), keep, strict=True)]
@@ -183,8 +148,8 @@ def shrink(apply: Apply, channels: Channels, params: Params, masks: Params) -> t
     Raises:
         ValueError: masks of another structure, or masks that remove every unit of some group.
     """
-    _require_like_params("params", params, channels)
-    _require_like_params("masks", masks, channels)
+    require_like_params("params", params, channels)
+    require_like_params("masks", masks, channels)
     masked = jax.tree.map(lambda x, m: np.asarray(x) * np.asarray(m, x.dtype), params, masks)
     small_params = slice_tree(channels, masks, masked)
     return small_params, shrink_apply(apply, channels, params, kept_units(channels, masks))
@@ -228,23 +193,13 @@ def max_difference(apply: Apply, channels: Channels, params: Params, masks: Para
     return float(jnp.max(jnp.abs(masked - jax.jit(small_apply)(small_params, image))))
 
 
-def _scores(channels: Channels, params: Params, power: int) -> np.ndarray:
-    """[U] float64, the sum of |w|^power over all parameters of each unit; those of two units count for both."""
-    scores = np.zeros(len(channels.group))
-    for leaf, axes in zip(jax.tree.leaves(params), channels.unit, strict=True):
-        size = np.abs(np.asarray(leaf, np.float64)) ** power
-        for i, axis in enumerate(axes):
-            total = size.sum(axis=tuple(j for j in range(size.ndim) if j != i))
-            np.add.at(scores, axis[axis >= 0], total[axis >= 0])
-    return scores
+def require_like_params(name: str, tree: Params, channels: Channels) -> None:
+    """Requires a tree of the full parameters' structure and shapes; the ValueError calls it `name`."""
+    leaves, structure = jax.tree.flatten(tree)
+    fits = structure == channels.structure and tuple(x.shape for x in leaves) == channels.shapes
+    check.require(fits, name, f"a tree of {len(leaves)} leaves", "of the full parameters' structure and shapes")
 
 
 def _keep(channels: Channels, keep: np.ndarray) -> list[list[np.ndarray]]:
     lookup = np.append(keep, True)
     return [[lookup[axis] for axis in axes] for axes in channels.unit]
-
-
-def _require_like_params(name: str, tree: Params, channels: Channels) -> None:
-    leaves, structure = jax.tree.flatten(tree)
-    fits = structure == channels.structure and tuple(x.shape for x in leaves) == channels.shapes
-    check.require(fits, name, f"a tree of {len(leaves)} leaves", "of the full parameters' structure and shapes")

@@ -392,7 +392,7 @@ def test_trees_of_another_model_and_empty_layers_are_refused_in_one_line():
     net = residual()
     channels = find_channels(net.apply, net.params, ONE)
     ones = jax.tree.map(jnp.ones_like, net.params)
-    with pytest.raises(ValueError, match=r"^score is 'l3': must be one of l1, l2$"):
+    with pytest.raises(ValueError, match=r"^score is 'l3': must be one of fpgm, l1, l2, random$"):
         masks(channels, net.params, sparsity=0.5, score="l3")
     with pytest.raises(ValueError, match=r"^masks is 'a tree of 4 leaves': must be of .*$"):
         shrink(net.apply, channels, net.params, list(ones.values()))
