@@ -1,6 +1,7 @@
-"""Smaller models: structured pruning of any pure function, int8 weights, and a file that holds the result."""
+"""Smaller models: structured pruning of any pure function, weights in few bits, and a file that holds them."""
 
 from fedrobust.compression.artifact import guarantee, load, save
+from fedrobust.compression.fake import fake_quantize
 from fedrobust.compression.pruning import (
     Channels,
     find_channels,
@@ -20,6 +21,7 @@ __all__ = [
     "Quantized",
     "cubic_sparsity",
     "dequantize",
+    "fake_quantize",
     "find_channels",
     "guarantee",
     "kept_units",
