@@ -1,7 +1,8 @@
-"""Smaller models: structured pruning of any pure function, int8 weights, and a file that holds the result."""
+"""Smaller models: structured pruning of any pure function, weights in few bits, and a file that holds them."""
 
 from fedrobust.compression.artifact import guarantee, load, save
 from fedrobust.compression.distillation import distillation_loss
+from fedrobust.compression.fake import fake_quantize
 from fedrobust.compression.pruning import (
     Channels,
     find_channels,
@@ -25,6 +26,7 @@ __all__ = [
     "cubic_sparsity",
     "dequantize",
     "distillation_loss",
+    "fake_quantize",
     "find_channels",
     "guarantee",
     "kept_units",

@@ -1,8 +1,4 @@
-"""A model in a file: safetensors, with what is needed to run it and the guarantee it was trained under.
-
-Matrices and kernels are named tensors, readable by any safetensors tool. All vectors lie end to end in one tensor, all
-scales in another: a header entry takes about 75 bytes, more than a short vector in 16 bits.
-"""
+"""A model in a file: safetensors, with what is needed to run it and the guarantee it was trained under."""
 
 import hashlib
 import json
@@ -12,19 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load as parse
 from safetensors.numpy import save as serialize
 
 from fedrobust import check
+from fedrobust.compression import packing
 from fedrobust.compression.pruning import Channels, find_channels, kept_units, shrink_apply, slice_shapes
-from fedrobust.compression.quantization import Quantized, dequantize, is_weight
+from fedrobust.compression.quantization import Quantized, dequantize
 from fedrobust.types import Params
 
 VERSION = "1"
-_VECTORS, _SCALES = ":vectors", ":scales"
 
 
 def save(
@@ -53,11 +48,11 @@ def save(
             other, or a guarantee that is not JSON.
     """
     check.require((channels is None) == (masks is None), "channels and masks", "one of the two", "given together")
-    values, scales = params if isinstance(params, Quantized) else (params, None)
+    values = params.value if isinstance(params, Quantized) else params
+    shapes = [x.shape for x in jax.tree.leaves(values)]
     keep = "" if channels is None else np.packbits(kept_units(channels, masks)).tobytes().hex()
     if channels is not None:
         expected = slice_shapes(channels, kept_units(channels, masks))
-        shapes = [x.shape for x in jax.tree.leaves(values)]
         check.require(shapes == expected, "params shapes", shapes, f"{expected}, as channels and masks say")
     metadata = {
         "fedrobust": VERSION,
@@ -65,7 +60,9 @@ def save(
         "kept": keep,
         "guarantee": json.dumps(dict(guarantee), allow_nan=False, separators=(",", ":")),
     }
-    tensors = _pack(values, scales)
+    tensors = packing.pack(params)
+    if tensors.keys().isdisjoint(packing.names(values)):  # no tensor tells whose it is
+        metadata["parameters"] = packing.fingerprint(values, shapes)
     for name, tensor in tensors.items():
         check.require(bool(np.isfinite(tensor).all()), f"params {name}", "not finite", "finite")
     data = serialize(tensors, {**metadata, "digest": _digest(tensors, metadata)})
@@ -100,13 +97,10 @@ def load(
         bits = np.unpackbits(np.frombuffer(bytes.fromhex(metadata["kept"]), np.uint8))
         keep = bits[: len(channels.group)].astype(bool)
         apply, shapes = shrink_apply(apply, channels, params, keep), slice_shapes(channels, keep)
-    names = _names(params)
-    found = {name: tensor.shape for name, tensor in tensors.items() if name not in (_VECTORS, _SCALES)}
-    expected = {name: shape for name, shape in zip(names, shapes, strict=True) if len(shape) >= 2}
-    _require(path, found == expected, "holds a model with other parameters")
-    num_scalars = sum(int(np.prod(shape)) for shape in shapes if len(shape) < 2)
-    _require(path, tensors[_VECTORS].shape == (num_scalars,), "holds a model with other parameters")
-    return _unpack(tensors, params, names, shapes), apply
+    stored = packing.unpack(tensors, params, shapes)
+    same = metadata.get("parameters") in (None, packing.fingerprint(params, shapes))
+    _require(path, stored is not None and same, "holds a model with other parameters")
+    return dequantize(stored) if isinstance(stored, Quantized) else stored, apply
 
 
 def guarantee(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -131,44 +125,6 @@ def fingerprint(channels: Channels) -> str:
         for axis in axes:
             digest.update(np.asarray(axis, "<i8").tobytes())
     return digest.hexdigest()[:8]
-
-
-def _names(tree: Params) -> list[str]:
-    paths, _ = jax.tree_util.tree_flatten_with_path(tree)
-    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths]
-    check.require(len({*names, _VECTORS, _SCALES}) == len(names) + 2, "params names", names, "all different")
-    return names
-
-
-def _pack(values: Params, scales: Params | None) -> dict[str, np.ndarray]:
-    leaves = [np.asarray(x) for x in jax.tree.leaves(values)]
-    kind = np.float32 if scales is None else np.float16
-    tensors = {_VECTORS: np.concatenate([np.zeros(0, kind), *(x.ravel().astype(kind) for x in leaves if x.ndim < 2)])}
-    for name, x in zip(_names(values), leaves, strict=True):
-        if is_weight(x):
-            tensors[name] = np.ascontiguousarray(x if scales is not None else x.astype(np.float32))
-    if scales is not None:
-        weights = zip(leaves, jax.tree.leaves(scales), strict=True)
-        tensors[_SCALES] = np.concatenate([np.zeros(0, kind), *(np.asarray(s) for x, s in weights if is_weight(x))])
-    return tensors
-
-
-def _unpack(tensors: dict[str, np.ndarray], params: Params, names: list[str], shapes: list[tuple[int, ...]]) -> Params:
-    vectors, scales = tensors[_VECTORS], tensors.get(_SCALES)
-    values, steps = [], []
-    for name, shape in zip(names, shapes, strict=True):
-        step = np.ones((), np.float16)
-        if len(shape) >= 2:
-            values.append(jnp.asarray(tensors[name]))
-            if scales is not None:
-                step, scales = scales[: shape[-1]], scales[shape[-1] :]
-        else:
-            size = int(np.prod(shape))
-            values.append(jnp.asarray(vectors[:size].reshape(shape)))
-            vectors = vectors[size:]
-        steps.append(jnp.asarray(step))
-    structure = jax.tree.structure(params)
-    return dequantize(Quantized(jax.tree.unflatten(structure, values), jax.tree.unflatten(structure, steps)))
 
 
 def _digest(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> str:
