@@ -119,6 +119,19 @@ def test_a_model_with_int8_weights_runs_with_the_values_they_stand_for(tmp_path,
     assert json.loads({p.key: p.value for p in stored.metadata_props}["guarantee"]) == {"epsilon": 3.0}
 
 
+@pytest.mark.parametrize(("bits", "symmetric"), [(8, False), (4, True), (4, False)])
+def test_every_kind_of_few_bits_runs_with_the_values_it_stands_for(tmp_path, bits, symmetric):
+    def apply(p, x):
+        return conv(x, p["kernel"]).mean((1, 2)) @ p["dense"] + p["bias"]
+
+    params = {"kernel": KERNEL + 0.5, "dense": np.tile(DENSE, (2, 1)), "bias": DENSE[0]}
+    few = quantize(params, bits=bits, symmetric=symmetric)
+    save_onnx(tmp_path / "m.onnx", apply, few, image_shape=SHAPE, guarantee={})
+    expected = np.asarray(apply(dequantize(few), images(5)))
+    np.testing.assert_allclose(load_onnx(tmp_path / "m.onnx")(images(5)), expected, rtol=1e-5, atol=1e-5)
+    assert np.abs(expected - apply(params, images(5))).max() > 1e-3
+
+
 def test_a_rounded_input_is_what_quantize_linear_says(tmp_path):
     scale, zero_point = 0.01, -100  # [-0.28, 2.27] in steps of 0.01
     ranges = {2: (scale, zero_point)}

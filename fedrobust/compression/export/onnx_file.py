@@ -19,7 +19,7 @@ from fedrobust import check, trace
 from fedrobust.compression.artifact import write
 from fedrobust.compression.export.graph import SIZES, Graph, Length, Value, Weight, fixed
 from fedrobust.compression.export.rules import RULES
-from fedrobust.compression.quantization import Quantized, dequantize
+from fedrobust.compression.quantization import Quantized, dequantize, is_weight
 from fedrobust.types import Params
 
 OPSET, IR_VERSION = 18, 9
@@ -44,8 +44,8 @@ def save_onnx(
     Args:
         path: the file; its folder must exist. An older file of that name is replaced.
         apply: `(params, image[B,H,W,C]) -> logits[B,L]`, such as the small function that `shrink` returned.
-        params: its parameters in float32, or as `quantize` returned them: then every weight is stored as int8 behind a
-            DequantizeLinear of its channels, a quarter of the bytes.
+        params: its parameters in float32, or as `quantize` returned them: then every weight is stored as int8 (one in 4
+            bits too) behind a DequantizeLinear of its channels, a quarter of the bytes.
         image_shape: [H,W,C].
         guarantee: what the training guarantees, as JSON types; {} where nothing. It travels in the file's metadata.
         ranges: position of an equation in `trace.read(apply, params, image).equations` -> (scale > 0, int8 zero point):
@@ -105,15 +105,17 @@ def _parameters(params: Params | Quantized) -> list[Value]:
     if not isinstance(params, Quantized):
         arrays = [np.asarray(x, np.float32) for x in jax.tree.leaves(params)]
         return [Value(fixed(x.shape), x.dtype, constant=x) for x in arrays]
-    found = []
-    for value, scale in zip(jax.tree.leaves(params.value), jax.tree.leaves(params.scale), strict=True):
-        stored, float32 = np.asarray(value), np.dtype(np.float32)
-        if stored.dtype == np.int8:
-            weight = Weight(stored, np.asarray(scale, float32), np.zeros(stored.shape[-1], np.int8))
-            found.append(Value(fixed(stored.shape), float32, weight=weight))
-        else:
-            found.append(Value(fixed(stored.shape), float32, constant=stored.astype(float32)))
-    return found
+    zeros = [np.int8(0)] * len(jax.tree.leaves(params.value)) if params.zero is None else jax.tree.leaves(params.zero)
+    return [_leaf(*each) for each in zip(*map(jax.tree.leaves, (params.value, params.scale)), zeros, strict=True)]
+
+
+def _leaf(value: Any, scale: Any, zero: Any) -> Value:
+    stored, float32 = np.asarray(value), np.dtype(np.float32)
+    if not is_weight(stored):
+        return Value(fixed(stored.shape), float32, constant=stored.astype(float32))
+    scale = np.asarray(scale, float32)
+    weight = Weight(stored.astype(np.int8), scale, np.broadcast_to(np.asarray(zero, np.int8), scale.shape))
+    return Value(fixed(stored.shape), float32, weight=weight)
 
 
 def _model(
