@@ -1,6 +1,7 @@
 """Smaller models: structured pruning of any pure function, weights in few bits, and a file that holds them."""
 
 from fedrobust.compression.artifact import guarantee, load, save
+from fedrobust.compression.budget import Measure, file_bytes, flops, masks_within, num_parameters
 from fedrobust.compression.distillation import distillation_loss
 from fedrobust.compression.fake import fake_quantize
 from fedrobust.compression.pruning import (
@@ -14,7 +15,7 @@ from fedrobust.compression.pruning import (
     slice_tree,
 )
 from fedrobust.compression.quantization import Quantized, dequantize, quantize
-from fedrobust.compression.schedule import cubic_sparsity
+from fedrobust.compression.schedule import cubic_sparsity, one_shot_sparsity
 from fedrobust.compression.scores import SCORES, taylor_scores
 from fedrobust.compression.selection import SCOPES, masks, num_kept
 
@@ -22,19 +23,25 @@ __all__ = [
     "SCOPES",
     "SCORES",
     "Channels",
+    "Measure",
     "Quantized",
     "cubic_sparsity",
     "dequantize",
     "distillation_loss",
     "fake_quantize",
+    "file_bytes",
     "find_channels",
+    "flops",
     "guarantee",
     "kept_units",
     "load",
     "masks",
     "masks_from_units",
+    "masks_within",
     "max_difference",
     "num_kept",
+    "num_parameters",
+    "one_shot_sparsity",
     "quantize",
     "save",
     "shrink",
