@@ -137,6 +137,11 @@ def _pad(settings: dict, arrays: Any, before: Any, after: Any) -> dict[str, Any]
     return {"padding_config": tuple(config)}
 
 
+def _tile(settings: dict, arrays: Any, before: Any, after: Any) -> dict[str, Any]:
+    lengths = zip(_sizes(before[0]), _sizes(after[0]), strict=True)
+    return {"reps": tuple(many // one for one, many in lengths)}
+
+
 def _convolution(settings: dict, arrays: Any, before: Any, after: Any) -> dict[str, Any]:
     image, kernel = arrays
     dims = settings["dimension_numbers"]
@@ -150,6 +155,7 @@ RESIZE: dict[str, Callable[..., dict[str, Any]]] = {
         "sizes": tuple(_sizes(masks)[settings["axis"]] for masks in after)
     },
     "slice": _slice,
+    "tile": _tile,
     "pad": _pad,
     "conv_general_dilated": _convolution,
 }

@@ -124,9 +124,15 @@ def unstack(context: Context, operand: Axes) -> list[Axes]:
 
 
 def tile(context: Context, operand: Axes) -> list[Axes]:
-    """Every copy of an index goes with it."""
-    pairs = zip(operand, context.settings["reps"], strict=True)
-    return [tuple(Axis(np.tile(a.id, n), np.tile(a.zero, n), a.free) for a, n in pairs)]
+    """Every copy of an index goes with it; an axis of length 1 only repeats one slice, as in a broadcast."""
+    out = []
+    for axis, repeats in zip(operand, context.settings["reps"], strict=True):
+        if len(axis.id) == 1 < repeats:
+            context.graph.freeze(axis)
+            out.append(context.graph.fresh(repeats, free=True))
+        else:
+            out.append(Axis(np.tile(axis.id, repeats), np.tile(axis.zero, repeats), axis.free))
+    return [tuple(out)]
 
 
 def slice_(context: Context, operand: Axes) -> list[Axes]:

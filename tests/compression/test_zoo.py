@@ -27,6 +27,7 @@ LEFT = {
     "vgg11": 0.26,
     "vgg16": 0.26,
     "vit": 0.35,
+    "vit_token": 0.7,
     "wide_and_deep": 0.7,  # the wide part reads pixels and writes logits
 }
 
@@ -38,7 +39,7 @@ def test_masked_equals_shrunk_and_half_of_the_units_go(name):
     channels = find_channels(model.apply, params, ONE)
     assert channels.unknown == ()
     half = masks(channels, params, sparsity=0.5)
-    small, small_apply = shrink(model.apply, channels, params, half)
+    small, small_apply = shrink(model.apply, channels, params, half, verify=False)
     assert trees.size(small) < LEFT[name] * trees.size(params)
     masked = jax.jit(model.apply)(trees.multiply(params, half), IMAGE)
     assert np.ptp(masked, axis=0).max() > 3e-4  # the logits do depend on the image
