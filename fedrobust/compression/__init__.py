@@ -2,6 +2,7 @@
 
 from fedrobust.compression.artifact import guarantee, load, save
 from fedrobust.compression.fake import fake_quantize
+from fedrobust.compression.integer import integer_apply
 from fedrobust.compression.pruning import (
     Channels,
     find_channels,
@@ -14,16 +15,20 @@ from fedrobust.compression.pruning import (
     slice_tree,
 )
 from fedrobust.compression.quantization import Quantized, dequantize, quantize
+from fedrobust.compression.ranges import Ranges, calibrate
 from fedrobust.compression.schedule import cubic_sparsity
 
 __all__ = [
     "Channels",
     "Quantized",
+    "Ranges",
+    "calibrate",
     "cubic_sparsity",
     "dequantize",
     "fake_quantize",
     "find_channels",
     "guarantee",
+    "integer_apply",
     "kept_units",
     "load",
     "masks",
