@@ -1,6 +1,6 @@
 """Smaller models: structured pruning of any pure function, weights in few bits, and a file that holds them."""
 
-from fedrobust.compression.artifact import guarantee, load, save
+from fedrobust.compression.artifact import Stored, guarantee, load, save, stored
 from fedrobust.compression.fake import fake_quantize
 from fedrobust.compression.integer import integer_apply
 from fedrobust.compression.pruning import (
@@ -22,6 +22,7 @@ __all__ = [
     "Channels",
     "Quantized",
     "Ranges",
+    "Stored",
     "calibrate",
     "cubic_sparsity",
     "dequantize",
@@ -39,4 +40,5 @@ __all__ = [
     "shrink",
     "shrink_apply",
     "slice_tree",
+    "stored",
 ]
