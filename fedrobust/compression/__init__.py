@@ -1,9 +1,10 @@
 """Smaller models: structured pruning of any pure function, weights in few bits, and a file that holds them."""
 
-from fedrobust.compression.artifact import guarantee, load, save
+from fedrobust.compression.artifact import Stored, guarantee, load, save, stored
 from fedrobust.compression.budget import Measure, file_bytes, flops, masks_within, num_parameters
 from fedrobust.compression.distillation import distillation_loss
 from fedrobust.compression.fake import fake_quantize
+from fedrobust.compression.integer import integer_apply
 from fedrobust.compression.pruning import (
     Channels,
     find_channels,
@@ -15,6 +16,7 @@ from fedrobust.compression.pruning import (
     slice_tree,
 )
 from fedrobust.compression.quantization import Quantized, dequantize, quantize
+from fedrobust.compression.ranges import Ranges, calibrate
 from fedrobust.compression.schedule import cubic_sparsity, one_shot_sparsity
 from fedrobust.compression.scores import SCORES, taylor_scores
 from fedrobust.compression.selection import SCOPES, masks, num_kept
@@ -25,6 +27,9 @@ __all__ = [
     "Channels",
     "Measure",
     "Quantized",
+    "Ranges",
+    "Stored",
+    "calibrate",
     "cubic_sparsity",
     "dequantize",
     "distillation_loss",
@@ -33,6 +38,7 @@ __all__ = [
     "find_channels",
     "flops",
     "guarantee",
+    "integer_apply",
     "kept_units",
     "load",
     "masks",
@@ -47,5 +53,6 @@ __all__ = [
     "shrink",
     "shrink_apply",
     "slice_tree",
+    "stored",
     "taylor_scores",
 ]

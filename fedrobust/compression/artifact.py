@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -13,13 +13,31 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as parse
 from safetensors.numpy import save as serialize
 
-from fedrobust import check
+from fedrobust import check, trace
 from fedrobust.compression import packing
+from fedrobust.compression.integer import integer_apply
 from fedrobust.compression.pruning import Channels, find_channels, kept_units, shrink_apply, slice_shapes
 from fedrobust.compression.quantization import Quantized, dequantize
+from fedrobust.compression.ranges import Ranges, integer_layers
 from fedrobust.types import Params
 
 VERSION = "1"
+
+Apply = Callable[[Params, jax.Array], jax.Array]
+
+
+class Stored(NamedTuple):
+    """What a file holds.
+
+    Attributes:
+        params: as they were given to `save`: float32, or `Quantized`.
+        apply: the model of float32 parameters of these shapes, `(params, image[B,H,W,C]) -> logits[B,L]`.
+        ranges: of the activations that are rounded; None where none are.
+    """
+
+    params: Params | Quantized
+    apply: Apply
+    ranges: dict[int, tuple[float, int]] | None
 
 
 def save(
@@ -28,6 +46,7 @@ def save(
     *,
     channels: Channels | None = None,
     masks: Params | None = None,
+    ranges: Ranges | None = None,
     guarantee: Mapping[str, Any],
 ) -> int:
     """Writes a model, whole or not at all.
@@ -38,6 +57,7 @@ def save(
             shrunk one if `channels` and `masks` say how it was shrunk.
         channels: the full model's units, if it was shrunk.
         masks: the masks it was shrunk with.
+        ranges: what `calibrate` returned, if activations are rounded to 8 bits; only with quantized parameters.
         guarantee: what the training guarantees (epsilon, delta, unit, radius...), as JSON types; {} where nothing.
 
     Returns:
@@ -45,9 +65,11 @@ def save(
 
     Raises:
         ValueError: parameters that are not finite or do not belong to `channels` and `masks`, one of those without the
-            other, or a guarantee that is not JSON.
+            other, ranges without quantized parameters, or a guarantee that is not JSON.
     """
     check.require((channels is None) == (masks is None), "channels and masks", "one of the two", "given together")
+    quantized = ranges is None or isinstance(params, Quantized)
+    check.require(quantized, "params", "float", "quantized where there are ranges")
     values = params.value if isinstance(params, Quantized) else params
     shapes = [x.shape for x in jax.tree.leaves(values)]
     keep = "" if channels is None else np.packbits(kept_units(channels, masks)).tobytes().hex()
@@ -63,6 +85,8 @@ def save(
     tensors = packing.pack(params)
     if tensors.keys().isdisjoint(packing.names(values)):  # no tensor tells whose it is
         metadata["parameters"] = packing.fingerprint(values, shapes)
+    if ranges is not None:
+        tensors[packing.RANGES] = np.array([(i, *mapping) for i, mapping in sorted(ranges.items())], np.float32)
     for name, tensor in tensors.items():
         check.require(bool(np.isfinite(tensor).all()), f"params {name}", "not finite", "finite")
     data = serialize(tensors, {**metadata, "digest": _digest(tensors, metadata)})
@@ -70,9 +94,7 @@ def save(
     return len(data)
 
 
-def load(
-    path: str | os.PathLike[str], apply: Callable[[Params, jax.Array], jax.Array], params: Params, image: Any
-) -> tuple[Params, Callable[[Params, jax.Array], jax.Array]]:
+def load(path: str | os.PathLike[str], apply: Apply, params: Params, image: Any) -> tuple[Params, Apply]:
     """A model that runs from a file.
 
     Args:
@@ -83,11 +105,33 @@ def load(
 
     Returns:
         `(small params, small apply)`: float32 parameters, bit-equal to what was saved (dequantized), and the function
-        that runs on them.
+        that runs on them. Where activations are rounded: `Quantized` parameters and the function of `integer_apply`.
 
     Raises:
         ValueError: one line naming the file, if it is damaged, truncated, not such a file, or of another model.
         OSError: if it cannot be read at all.
+    """
+    found = stored(path, apply, params, image)
+    if found.ranges is not None:
+        return found.params, integer_apply(found.apply, found.ranges)
+    return dequantize(found.params) if isinstance(found.params, Quantized) else found.params, found.apply
+
+
+def stored(path: str | os.PathLike[str], apply: Apply, params: Params, image: Any) -> Stored:
+    """The parts of a model in a file, for whoever runs it in another way than `load`.
+
+    Args:
+        path: as of `load`.
+        apply: as of `load`.
+        params: as of `load`.
+        image: as of `load`.
+
+    Returns:
+        The parameters in the bits they are stored in, the function of their float32 twins, and the ranges.
+
+    Raises:
+        ValueError: as of `load`.
+        OSError: as of `load`.
     """
     tensors, metadata = _read(Path(path))
     shapes = [x.shape for x in jax.tree.leaves(params)]
@@ -97,10 +141,16 @@ def load(
         bits = np.unpackbits(np.frombuffer(bytes.fromhex(metadata["kept"]), np.uint8))
         keep = bits[: len(channels.group)].astype(bool)
         apply, shapes = shrink_apply(apply, channels, params, keep), slice_shapes(channels, keep)
-    stored = packing.unpack(tensors, params, shapes)
+    found = packing.unpack(tensors, params, shapes)
     same = metadata.get("parameters") in (None, packing.fingerprint(params, shapes))
-    _require(path, stored is not None and same, "holds a model with other parameters")
-    return dequantize(stored) if isinstance(stored, Quantized) else stored, apply
+    _require(path, found is not None and same, "holds a model with other parameters")
+    if packing.RANGES not in tensors:
+        return Stored(found, apply, None)
+    ranges = {int(number): (float(scale), int(zero)) for number, scale, zero in tensors[packing.RANGES]}
+    like = [jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes]
+    program = trace.read(apply, jax.tree.unflatten(jax.tree.structure(params), like), image)
+    _require(path, set(ranges) <= set(integer_layers(program, len(shapes))), "holds a model with other layers")
+    return Stored(found, apply, ranges)
 
 
 def guarantee(path: str | os.PathLike[str]) -> dict[str, Any]:

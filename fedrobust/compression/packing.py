@@ -17,7 +17,9 @@ from fedrobust.compression.quantization import Quantized, is_weight
 from fedrobust.types import Params
 
 _VECTORS, _SCALES, _ZEROS, _NIBBLES = ":vectors", ":scales", ":zeros", ":nibbles"
-_RESERVED = (_VECTORS, _SCALES, _ZEROS, _NIBBLES)
+RANGES = ":ranges"
+"""Holds the ranges that `artifact.save` was given: [n,3] float32, position of an equation, scale, zero point."""
+_RESERVED = (_VECTORS, _SCALES, _ZEROS, _NIBBLES, RANGES)
 
 Shapes = Sequence[tuple[int, ...]]
 

@@ -9,7 +9,20 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from fedrobust import models, trees
-from fedrobust.compression import dequantize, find_channels, guarantee, load, masks, quantize, save, shrink
+from fedrobust.compression import (
+    Quantized,
+    calibrate,
+    dequantize,
+    find_channels,
+    guarantee,
+    integer_apply,
+    load,
+    masks,
+    quantize,
+    save,
+    shrink,
+    stored,
+)
 
 IMAGE = jax.random.uniform(jax.random.key(7), (3, 8, 8, 1))
 PROMISE = {"epsilon": 8.0, "delta": 1e-4, "unit": "record"}
@@ -86,8 +99,29 @@ def test_four_bits_with_zero_points_come_back_from_their_file(case, tmp_path):
     assert size == path.stat().st_size
 
 
+def test_a_model_with_rounded_activations_comes_back_as_the_integer_model(case, tmp_path):
+    path = tmp_path / "model.safetensors"
+    shrunk = {"channels": case.channels, "masks": case.masks, "guarantee": {}}
+    ranges = calibrate(case.small_apply, dequantize(case.quantized), IMAGE)
+    bare = save(path, case.quantized, **shrunk)
+    assert save(path, case.quantized, ranges=ranges, **shrunk) <= bare + 90 + 12 * len(ranges)
+    found = stored(path, case.apply, case.params, IMAGE[:1])
+    assert found.ranges == ranges
+    jax.tree.map(np.testing.assert_array_equal, found.params, case.quantized)
+    params, apply = load(path, case.apply, case.params, IMAGE[:1])
+    assert isinstance(params, Quantized)
+    expected = jax.jit(integer_apply(case.small_apply, ranges))(case.quantized, IMAGE)
+    np.testing.assert_array_equal(jax.jit(apply)(params, IMAGE), expected)
+    assert not np.array_equal(expected, jax.jit(case.small_apply)(dequantize(case.quantized), IMAGE))
+    save(path, case.quantized, ranges={**ranges, 999: (1.0, 0)}, **shrunk)
+    with pytest.raises(ValueError, match=r"model\.safetensors: holds a model with other layers$"):
+        load(path, case.apply, case.params, IMAGE[:1])
+    with pytest.raises(ValueError, match="params is 'float': must be quantized where there are ranges"):
+        save(path, case.small, ranges=ranges, **shrunk)
+
+
 def test_a_quarter_of_the_channels_takes_a_45th_of_the_bytes_in_8_bits_and_a_90th_in_4(tmp_path):
-    """ResNet-9 of the study, as it is served; int8 activations take 26 bytes a layer more."""
+    """ResNet-9 of the study, as it is served, with ranges of its nine layers."""
     case = Case("resnet9", width=16, groups=8, sparsity=0.75)
     dense = save(tmp_path / "dense", case.params, guarantee={"privacy": None})
     shrunk = {"channels": case.channels, "masks": case.masks, "guarantee": {"privacy": None}}
@@ -95,7 +129,8 @@ def test_a_quarter_of_the_channels_takes_a_45th_of_the_bytes_in_8_bits_and_a_90t
         for symmetric in (True, False):
             shapes = jax.eval_shape(functools.partial(quantize, bits=bits, symmetric=symmetric), case.small)
             quantized = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), shapes)
-            assert dense / save(tmp_path / "small", quantized, **shrunk) >= ratio
+            ranges = {i: (0.01, 3) for i in range(9)}
+            assert dense / save(tmp_path / "small", quantized, ranges=ranges, **shrunk) >= ratio
 
 
 def test_four_bits_of_another_model_of_the_same_size_are_refused(tmp_path):
