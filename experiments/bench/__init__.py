@@ -8,6 +8,7 @@ NAMES = {
     "attacks": "experiments.bench.attacks",
     "compress": "experiments.bench.compress",
     "dp_step": "experiments.bench.dp_step",
+    "onnx": "experiments.bench.onnx",
     "ops": "experiments.bench.ops",
 }
 """Benchmark name -> the module that runs it."""
