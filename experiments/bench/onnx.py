@@ -53,8 +53,8 @@ def run() -> list[Comparison]:
     for num in (1, 64):
         float32 = partial(whole.run, image[:num])
         for name in ("int8", "int8_activations"):
-            few = partial(sides[name].run, image[:num])
-            found.append(compare(f"onnx_{name}_latency_{num}", few, float32, repeats=REPEATS))
+            int8 = partial(sides[name].run, image[:num])
+            found.append(compare(f"onnx_{name}_latency_{num}", int8, float32, repeats=REPEATS))
         here = partial(whole.here, image[:num])
         found.append(compare(f"onnx_float32_over_jax_{num}", float32, here, repeats=REPEATS))
     return found
