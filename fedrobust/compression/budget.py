@@ -40,8 +40,8 @@ def masks_within(
         apply: the model that `channels` was read from.
         channels: its units.
         params: its parameters, concrete.
-        measure: `(small apply, small params) -> cost`: `flops(image)`, `num_parameters`, `file_bytes`, or a time:
-            `lambda apply, params: evaluation.latencies((apply, params), image_shape=..., batch_size=64)[0].median_ms`.
+        measure: `(small apply, small params) -> cost`, such as `measure_flops(image)`, `measure_parameters`,
+            `measure_bytes`, or a time: `lambda *model: fedrobust.evaluation.latencies(model, ...)[0].median_ms`.
         budget: in (0, 1], the share of the dense model's cost.
         score: as for `masks`, and so on to `key`.
         scope: likewise.
@@ -87,7 +87,7 @@ def masks_within(
     return within
 
 
-def flops(image: Any) -> Measure:
+def measure_flops(image: Any) -> Measure:
     """Measures the floating-point operations of one call; see `fedrobust.trace.flops`.
 
     Args:
@@ -96,12 +96,12 @@ def flops(image: Any) -> Measure:
     return lambda apply, params: float(trace.flops(apply, params, image))
 
 
-def num_parameters(apply: Apply, params: Params) -> float:
+def measure_parameters(apply: Apply, params: Params) -> float:
     """Measures the number of scalars."""
     return float(trees.size(params))
 
 
-def file_bytes(apply: Apply, params: Params) -> float:
+def measure_bytes(apply: Apply, params: Params) -> float:
     """Measures the size of the int8 model's file, but for the few bytes that say which units were kept."""
     # The size follows from the shapes; to quantize for it would compile once more for every size of the model.
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(quantize, params))

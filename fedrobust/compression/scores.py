@@ -55,8 +55,8 @@ def fpgm_scores(channels: Channels, params: Params, key: Key | None = None) -> n
     Returns:
         [U] float64 >= 0; 0 for the only unit of a group. Units of unequal sizes are compared as if padded with zeros.
 
-    Source: He et al., Filter Pruning via Geometric Median, 2019, https://arxiv.org/abs/1811.00250, equations (4) to
-        (8). Deviation: of all coupled parameters, not of a filter alone.
+    Source: He et al., Filter Pruning via Geometric Median, 2019, https://arxiv.org/abs/1811.00250, section 3.
+        Deviation: of all coupled parameters, not of a filter alone.
     """
     require_like_params("params", params, channels)
     scores = np.zeros(len(channels.group))
@@ -107,8 +107,8 @@ def taylor_scores(channels: Channels, params: Params, gradient: Params) -> np.nd
         ValueError: a tree of another structure or other shapes.
 
     Source: Molchanov et al., Importance Estimation for Neural Network Pruning, 2019, https://arxiv.org/abs/1906.10771,
-        equation (8) for a set of parameters. Deviation: one gradient, not a mean of squares over mini-batches, which
-        would take one noised gradient for each.
+        section 3, joint importance of a set of parameters. Deviation: one gradient, not a mean of squares over
+        mini-batches, which would take one noised gradient for each.
     """
     require_like_params("params", params, channels)
     require_like_params("gradient", gradient, channels)

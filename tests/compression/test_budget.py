@@ -5,14 +5,14 @@ import pytest
 
 from fedrobust import evaluation, ops, trace, trees
 from fedrobust.compression import (
-    file_bytes,
     find_channels,
-    flops,
     kept_units,
     masks,
     masks_within,
+    measure_bytes,
+    measure_flops,
+    measure_parameters,
     num_kept,
-    num_parameters,
     quantize,
     save,
     shrink,
@@ -39,17 +39,17 @@ def test_the_masks_are_the_largest_ones_within_the_budget(scope):
     """Against a search through every sparsity in steps of less than a unit."""
 
     def cost(chosen):
-        return num_parameters(*reversed(shrink(apply, CHANNELS, PARAMS, chosen)))
+        return measure_parameters(*reversed(shrink(apply, CHANNELS, PARAMS, chosen)))
 
     every = [
         cost(masks(CHANNELS, PARAMS, sparsity=sparsity, scope=scope)) for sparsity in np.arange(0, 1, 1 / 48).tolist()
     ]
     for budget in (0.9, 0.5, 0.36):
-        found = masks_within(apply, CHANNELS, PARAMS, measure=num_parameters, budget=budget, scope=scope)
+        found = masks_within(apply, CHANNELS, PARAMS, measure=measure_parameters, budget=budget, scope=scope)
         assert cost(found) == max(c for c in every if c <= budget * trees.size(PARAMS))
 
 
-@pytest.mark.parametrize("measure", [flops(ONE), file_bytes])
+@pytest.mark.parametrize("measure", [measure_flops(ONE), measure_bytes])
 def test_a_step_less_would_not_have_been_within_the_budget(measure):
     small = shrink(apply, CHANNELS, PARAMS, masks_within(apply, CHANNELS, PARAMS, measure=measure, budget=0.5))
     sparsity = 1 - small[0]["c"].shape[-1] / 12
@@ -59,9 +59,10 @@ def test_a_step_less_would_not_have_been_within_the_budget(measure):
 
 
 def test_measures_are_what_their_names_say(tmp_path):
-    assert flops(ONE)(apply, PARAMS) == trace.flops(apply, PARAMS, ONE) == 2 * 16 * 9 * (2 * 8 + 8 * 12) + 2 * 12 * 3
-    assert num_parameters(apply, PARAMS) == trees.size(PARAMS) == 144 + 8 + 864 + 36
-    assert file_bytes(apply, PARAMS) == save(tmp_path / "x", quantize(PARAMS), guarantee={})
+    by_hand = 2 * 16 * 9 * (2 * 8 + 8 * 12) + 2 * 12 * 3
+    assert measure_flops(ONE)(apply, PARAMS) == trace.flops(apply, PARAMS, ONE) == by_hand
+    assert measure_parameters(apply, PARAMS) == trees.size(PARAMS) == 144 + 8 + 864 + 36
+    assert measure_bytes(apply, PARAMS) == save(tmp_path / "x", quantize(PARAMS), guarantee={})
 
 
 def test_a_whole_budget_removes_nothing_and_measures_nothing():
@@ -72,7 +73,7 @@ def test_a_whole_budget_removes_nothing_and_measures_nothing():
 def test_multiples_and_scores_are_those_of_masks():
     score = np.arange(20.0)
     settings = {"score": score, "multiple_of": 4}
-    found = masks_within(apply, CHANNELS, PARAMS, measure=num_parameters, budget=0.5, **settings)
+    found = masks_within(apply, CHANNELS, PARAMS, measure=measure_parameters, budget=0.5, **settings)
     assert (num_kept(CHANNELS, found) % 4 == 0).all()
     same = [masks(CHANNELS, PARAMS, sparsity=k / 96, **settings) for k in range(96)]
     assert any((kept_units(CHANNELS, found) == kept_units(CHANNELS, other)).all() for other in same)
@@ -81,10 +82,10 @@ def test_multiples_and_scores_are_those_of_masks():
 def test_measured_time_is_a_budget_like_any_other():
     """A measure of another room, with a clock whose figures are the model's channels."""
 
-    def latency(apply, params):
-        (found,) = evaluation.latencies((apply, params), image_shape=(4, 4, 2), batch_size=1, num_repeats=1)
+    def latency(*model):
+        (found,) = evaluation.latencies(model, image_shape=(4, 4, 2), batch_size=1, num_repeats=1)
         assert found.median_ms > 0
-        return float(params["a"].shape[-1])
+        return float(model[1]["a"].shape[-1])
 
     found = masks_within(apply, CHANNELS, PARAMS, measure=latency, budget=0.5)
     assert num_kept(CHANNELS, found).tolist() == [4, 6]
@@ -103,4 +104,4 @@ def test_measured_time_is_a_budget_like_any_other():
 )
 def test_bad_settings_are_named_in_one_line(setting, message):
     with pytest.raises(ValueError, match=f"^{message}$"):
-        masks_within(apply, CHANNELS, PARAMS, **{"measure": num_parameters, "budget": 0.5, **setting})
+        masks_within(apply, CHANNELS, PARAMS, **{"measure": measure_parameters, "budget": 0.5, **setting})

@@ -45,7 +45,14 @@ def test_flops_of_fast_convolutions_are_those_of_plain_ones():
     def loss(w, x):
         return jnp.sum(jnp.square(apply(w, x)))
 
+    def plain(w, x):
+        return jax.lax.conv_general_dilated(
+            x, w, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=2
+        )
+
     assert trace.flops(apply, kernel, image) == one
+    assert trace.flops(trace.fast_convolutions(plain), kernel, image) == one
+    assert trace.flops(jax.vmap(trace.fast_convolutions(plain), (0, None)), jnp.stack([kernel] * 3), image) == 3 * one
     assert trace.flops(jax.vmap(apply, (None, 0)), kernel, image[None]) == one
     assert trace.flops(trace.fast_inference(lambda x: apply(kernel, x)), image) == one
     assert trace.flops(jax.vmap(apply), jnp.stack([kernel] * 5), jnp.stack([image] * 5)) == 5 * one
