@@ -21,12 +21,14 @@ LEFT = {
     "resnet18": 0.26,
     "resnet50": 0.27,
     "resnet9": 0.27,
+    "shuffle_net": 0.45,
     "small_cnn": 0.3,
     "squeeze_excite": 0.3,
     "unet": 0.27,
     "vgg11": 0.26,
     "vgg16": 0.26,
     "vit": 0.35,
+    "vit_fused": 0.7,
     "vit_token": 0.7,
     "wide_and_deep": 0.7,  # the wide part reads pixels and writes logits
 }
