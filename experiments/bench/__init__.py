@@ -6,6 +6,7 @@ Each module is one benchmark: a docstring that states its source, command, cost 
 
 NAMES = {
     "attacks": "experiments.bench.attacks",
+    "coupling": "experiments.bench.coupling",
     "dp_step": "experiments.bench.dp_step",
     "ops": "experiments.bench.ops",
 }
