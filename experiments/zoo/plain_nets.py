@@ -77,7 +77,8 @@ def _shuffle_net(width: int, num_classes: int, weight: Weight, x: jax.Array) -> 
     """Zhang et al., arXiv 1707.01083 (2017): grouped 1x1 convolutions, a shuffle, a depthwise one; two groups."""
     x = jax.nn.relu(_conv(weight, "stem", x, 4 * width))
     for i in range(2):
-        y = jax.nn.relu(_group_norm(weight, f"norm{i}_0", _conv(weight, f"in{i}", x, 2 * width, 1, groups=2), 4))
+        y = _group_norm(weight, f"norm{i}", x, 2 * width)
+        y = jax.nn.relu(_conv(weight, f"in{i}", y, 2 * width, 1, groups=2))
         shape = y.shape
         y = y.reshape(*shape[:-1], 2, shape[-1] // 2).swapaxes(-1, -2).reshape(shape)
         y = _conv(weight, f"depth{i}", y, 2 * width, groups=2 * width)

@@ -137,6 +137,12 @@ def _pad(settings: dict, arrays: Any, before: Any, after: Any) -> dict[str, Any]
     return {"padding_config": tuple(config)}
 
 
+def _slice_sizes(settings: dict, arrays: Any, before: Any, after: Any) -> dict[str, Any]:
+    """A gather or a dynamic slice may only have lost part of an axis that it reads whole."""
+    pairs = zip(before[0], settings["slice_sizes"], strict=True)
+    return {"slice_sizes": tuple(size if mask.all() else int(mask.sum()) for mask, size in pairs)}
+
+
 def _tile(settings: dict, arrays: Any, before: Any, after: Any) -> dict[str, Any]:
     lengths = zip(_sizes(before[0]), _sizes(after[0]), strict=True)
     return {"reps": tuple(many // one for one, many in lengths)}
@@ -156,6 +162,8 @@ RESIZE: dict[str, Callable[..., dict[str, Any]]] = {
     },
     "slice": _slice,
     "tile": _tile,
+    "gather": _slice_sizes,
+    "dynamic_slice": _slice_sizes,
     "pad": _pad,
     "conv_general_dilated": _convolution,
 }
