@@ -1,7 +1,10 @@
-"""Smaller models: structured pruning of any pure function, int8 weights, and a file that holds the result."""
+"""Smaller models: structured pruning of any pure function, weights in few bits, and a file that holds them."""
 
-from fedrobust.compression.artifact import guarantee, load, save
+from fedrobust.compression.artifact import Stored, guarantee, load, save, stored
 from fedrobust.compression.budget import Measure, masks_within, measure_bytes, measure_flops, measure_parameters
+from fedrobust.compression.distillation import distillation_loss
+from fedrobust.compression.fake import fake_quantize
+from fedrobust.compression.integer import integer_apply
 from fedrobust.compression.learned import initial_scores, loss_of_scores
 from fedrobust.compression.pruning import (
     Channels,
@@ -14,6 +17,7 @@ from fedrobust.compression.pruning import (
     slice_tree,
 )
 from fedrobust.compression.quantization import Quantized, dequantize, quantize
+from fedrobust.compression.ranges import Ranges, calibrate
 from fedrobust.compression.schedule import cubic_sparsity, one_shot_sparsity
 from fedrobust.compression.scores import SCORES, taylor_scores
 from fedrobust.compression.selection import SCOPES, masks, num_kept
@@ -25,11 +29,17 @@ __all__ = [
     "Channels",
     "Measure",
     "Quantized",
+    "Ranges",
+    "Stored",
+    "calibrate",
     "cubic_sparsity",
     "dequantize",
+    "distillation_loss",
+    "fake_quantize",
     "find_channels",
     "guarantee",
     "initial_scores",
+    "integer_apply",
     "kept_units",
     "load",
     "loss_of_scores",
@@ -48,6 +58,7 @@ __all__ = [
     "shrink",
     "shrink_apply",
     "slice_tree",
+    "stored",
     "taylor_scores",
     "unstructured_masks",
 ]

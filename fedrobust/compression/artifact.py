@@ -1,30 +1,43 @@
-"""A model in a file: safetensors, with what is needed to run it and the guarantee it was trained under.
-
-Matrices and kernels are named tensors, readable by any safetensors tool. All vectors lie end to end in one tensor, all
-scales in another: a header entry takes about 75 bytes, more than a short vector in 16 bits.
-"""
+"""A model in a file: safetensors, with what is needed to run it and the guarantee it was trained under."""
 
 import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load as parse
 from safetensors.numpy import save as serialize
 
-from fedrobust import check
+from fedrobust import check, trace
+from fedrobust.compression import packing
+from fedrobust.compression.integer import integer_apply
 from fedrobust.compression.pruning import Channels, find_channels, kept_units, shrink_apply, slice_shapes
-from fedrobust.compression.quantization import Quantized, dequantize, is_weight
+from fedrobust.compression.quantization import Quantized, dequantize
+from fedrobust.compression.ranges import Ranges, integer_layers
 from fedrobust.types import Params
 
 VERSION = "1"
-_VECTORS, _SCALES = ":vectors", ":scales"
+
+Apply = Callable[[Params, jax.Array], jax.Array]
+
+
+class Stored(NamedTuple):
+    """What a file holds.
+
+    Attributes:
+        params: as they were given to `save`: float32, or `Quantized`.
+        apply: the model of float32 parameters of these shapes, `(params, image[B,H,W,C]) -> logits[B,L]`.
+        ranges: of the activations that are rounded; None where none are.
+    """
+
+    params: Params | Quantized
+    apply: Apply
+    ranges: dict[int, tuple[float, int]] | None
 
 
 def save(
@@ -33,6 +46,7 @@ def save(
     *,
     channels: Channels | None = None,
     masks: Params | None = None,
+    ranges: Ranges | None = None,
     guarantee: Mapping[str, Any],
 ) -> int:
     """Writes a model, whole or not at all.
@@ -43,6 +57,7 @@ def save(
             shrunk one if `channels` and `masks` say how it was shrunk.
         channels: the full model's units, if it was shrunk.
         masks: the masks it was shrunk with.
+        ranges: what `calibrate` returned, if activations are rounded to 8 bits; only with quantized parameters.
         guarantee: what the training guarantees (epsilon, delta, unit, radius...), as JSON types; {} where nothing.
 
     Returns:
@@ -50,14 +65,16 @@ def save(
 
     Raises:
         ValueError: parameters that are not finite or do not belong to `channels` and `masks`, one of those without the
-            other, or a guarantee that is not JSON.
+            other, ranges without quantized parameters, or a guarantee that is not JSON.
     """
     check.require((channels is None) == (masks is None), "channels and masks", "one of the two", "given together")
-    values, scales = params if isinstance(params, Quantized) else (params, None)
+    quantized = ranges is None or isinstance(params, Quantized)
+    check.require(quantized, "params", "float", "quantized where there are ranges")
+    values = params.value if isinstance(params, Quantized) else params
+    shapes = [x.shape for x in jax.tree.leaves(values)]
     keep = "" if channels is None else np.packbits(kept_units(channels, masks)).tobytes().hex()
     if channels is not None:
         expected = slice_shapes(channels, kept_units(channels, masks))
-        shapes = [x.shape for x in jax.tree.leaves(values)]
         check.require(shapes == expected, "params shapes", shapes, f"{expected}, as channels and masks say")
     metadata = {
         "fedrobust": VERSION,
@@ -65,17 +82,19 @@ def save(
         "kept": keep,
         "guarantee": json.dumps(dict(guarantee), allow_nan=False, separators=(",", ":")),
     }
-    tensors = _pack(values, scales)
+    tensors = packing.pack(params)
+    if tensors.keys().isdisjoint(packing.names(values)):  # no tensor tells whose it is
+        metadata["parameters"] = packing.fingerprint(values, shapes)
+    if ranges is not None:
+        tensors[packing.RANGES] = np.array([(i, *mapping) for i, mapping in sorted(ranges.items())], np.float32)
     for name, tensor in tensors.items():
         check.require(bool(np.isfinite(tensor).all()), f"params {name}", "not finite", "finite")
     data = serialize(tensors, {**metadata, "digest": _digest(tensors, metadata)})
-    _write(Path(path), data)
+    write(Path(path), data)
     return len(data)
 
 
-def load(
-    path: str | os.PathLike[str], apply: Callable[[Params, jax.Array], jax.Array], params: Params, image: Any
-) -> tuple[Params, Callable[[Params, jax.Array], jax.Array]]:
+def load(path: str | os.PathLike[str], apply: Apply, params: Params, image: Any) -> tuple[Params, Apply]:
     """A model that runs from a file.
 
     Args:
@@ -86,11 +105,33 @@ def load(
 
     Returns:
         `(small params, small apply)`: float32 parameters, bit-equal to what was saved (dequantized), and the function
-        that runs on them.
+        that runs on them. Where activations are rounded: `Quantized` parameters and the function of `integer_apply`.
 
     Raises:
         ValueError: one line naming the file, if it is damaged, truncated, not such a file, or of another model.
         OSError: if it cannot be read at all.
+    """
+    found = stored(path, apply, params, image)
+    if found.ranges is not None:
+        return found.params, integer_apply(found.apply, found.ranges)
+    return dequantize(found.params) if isinstance(found.params, Quantized) else found.params, found.apply
+
+
+def stored(path: str | os.PathLike[str], apply: Apply, params: Params, image: Any) -> Stored:
+    """The parts of a model in a file, for whoever runs it in another way than `load`.
+
+    Args:
+        path: as of `load`.
+        apply: as of `load`.
+        params: as of `load`.
+        image: as of `load`.
+
+    Returns:
+        The parameters in the bits they are stored in, the function of their float32 twins, and the ranges.
+
+    Raises:
+        ValueError: as of `load`.
+        OSError: as of `load`.
     """
     tensors, metadata = _read(Path(path))
     shapes = [x.shape for x in jax.tree.leaves(params)]
@@ -100,13 +141,16 @@ def load(
         bits = np.unpackbits(np.frombuffer(bytes.fromhex(metadata["kept"]), np.uint8))
         keep = bits[: len(channels.group)].astype(bool)
         apply, shapes = shrink_apply(apply, channels, params, keep), slice_shapes(channels, keep)
-    names = _names(params)
-    found = {name: tensor.shape for name, tensor in tensors.items() if name not in (_VECTORS, _SCALES)}
-    expected = {name: shape for name, shape in zip(names, shapes, strict=True) if len(shape) >= 2}
-    _require(path, found == expected, "holds a model with other parameters")
-    num_scalars = sum(int(np.prod(shape)) for shape in shapes if len(shape) < 2)
-    _require(path, tensors[_VECTORS].shape == (num_scalars,), "holds a model with other parameters")
-    return _unpack(tensors, params, names, shapes), apply
+    found = packing.unpack(tensors, params, shapes)
+    same = metadata.get("parameters") in (None, packing.fingerprint(params, shapes))
+    _require(path, found is not None and same, "holds a model with other parameters")
+    if packing.RANGES not in tensors:
+        return Stored(found, apply, None)
+    ranges = {int(number): (float(scale), int(zero)) for number, scale, zero in tensors[packing.RANGES]}
+    like = [jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes]
+    program = trace.read(apply, jax.tree.unflatten(jax.tree.structure(params), like), image)
+    _require(path, set(ranges) <= set(integer_layers(program, len(shapes))), "holds a model with other layers")
+    return Stored(found, apply, ranges)
 
 
 def guarantee(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -133,44 +177,6 @@ def fingerprint(channels: Channels) -> str:
     return digest.hexdigest()[:8]
 
 
-def _names(tree: Params) -> list[str]:
-    paths, _ = jax.tree_util.tree_flatten_with_path(tree)
-    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths]
-    check.require(len({*names, _VECTORS, _SCALES}) == len(names) + 2, "params names", names, "all different")
-    return names
-
-
-def _pack(values: Params, scales: Params | None) -> dict[str, np.ndarray]:
-    leaves = [np.asarray(x) for x in jax.tree.leaves(values)]
-    kind = np.float32 if scales is None else np.float16
-    tensors = {_VECTORS: np.concatenate([np.zeros(0, kind), *(x.ravel().astype(kind) for x in leaves if x.ndim < 2)])}
-    for name, x in zip(_names(values), leaves, strict=True):
-        if is_weight(x):
-            tensors[name] = np.ascontiguousarray(x if scales is not None else x.astype(np.float32))
-    if scales is not None:
-        weights = zip(leaves, jax.tree.leaves(scales), strict=True)
-        tensors[_SCALES] = np.concatenate([np.zeros(0, kind), *(np.asarray(s) for x, s in weights if is_weight(x))])
-    return tensors
-
-
-def _unpack(tensors: dict[str, np.ndarray], params: Params, names: list[str], shapes: list[tuple[int, ...]]) -> Params:
-    vectors, scales = tensors[_VECTORS], tensors.get(_SCALES)
-    values, steps = [], []
-    for name, shape in zip(names, shapes, strict=True):
-        step = np.ones((), np.float16)
-        if len(shape) >= 2:
-            values.append(jnp.asarray(tensors[name]))
-            if scales is not None:
-                step, scales = scales[: shape[-1]], scales[shape[-1] :]
-        else:
-            size = int(np.prod(shape))
-            values.append(jnp.asarray(vectors[:size].reshape(shape)))
-            vectors = vectors[size:]
-        steps.append(jnp.asarray(step))
-    structure = jax.tree.structure(params)
-    return dequantize(Quantized(jax.tree.unflatten(structure, values), jax.tree.unflatten(structure, steps)))
-
-
 def _digest(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> str:
     digest = hashlib.sha256(json.dumps(dict(metadata), sort_keys=True).encode())
     for name in sorted(tensors):
@@ -179,7 +185,8 @@ def _digest(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> s
     return digest.hexdigest()[:32]
 
 
-def _write(path: Path, data: bytes) -> None:
+def write(path: Path, data: bytes) -> None:
+    """Writes a file whole or not at all, through a temporary one beside it."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with partial.open("wb") as file:

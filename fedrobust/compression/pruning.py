@@ -29,6 +29,7 @@ class Channels(NamedTuple):
         shapes: the shape of each leaf.
         structure: of the pytree of parameters.
         unknown: names of the operations that are not understood and keep all they touch from being pruned.
+        image: an image the model was read at, [1,H,W,C].
     """
 
     unit: tuple[tuple[np.ndarray, ...], ...]
@@ -36,6 +37,7 @@ class Channels(NamedTuple):
     shapes: tuple[tuple[int, ...], ...]
     structure: jax.tree_util.PyTreeDef
     unknown: tuple[str, ...]
+    image: jax.ShapeDtypeStruct
 
 
 def find_channels(apply: Apply, params: Params, image: Any) -> Channels:
@@ -49,9 +51,14 @@ def find_channels(apply: Apply, params: Params, image: Any) -> Channels:
     Returns:
         The units, numbered in the order in which the leaves show them.
 
+    Raises:
+        ValueError: an image changes the logits of another one in its batch.
+
     Guarantees:
         Image channels and logits stay. Masking a unit and removing it give the same logits up to rounding.
     """
+    ties = trace.ties_examples(apply, params, image)
+    check.require(not ties, "apply", "a function of the whole batch", "one of each image alone, without BatchNorm")
     coupling = trace.couple(apply, params, image)
     leaves = coupling.leaf_axes()
     flat = np.concatenate([np.zeros(0, int), *(axis for leaf in leaves for axis in leaf)])
@@ -65,7 +72,8 @@ def find_channels(apply: Apply, params: Params, image: Any) -> Channels:
     groups = {place: number for number, place in enumerate(dict.fromkeys(map(tuple, touches)))}
     group = np.array([groups[tuple(place)] for place in touches], int)
     shapes = tuple(x.shape for x in jax.tree.leaves(params))
-    return Channels(unit, group, shapes, jax.tree.structure(params), coupling.unknown)
+    one = jax.ShapeDtypeStruct((1, *image.shape[1:]), image.dtype)
+    return Channels(unit, group, shapes, jax.tree.structure(params), coupling.unknown, one)
 
 
 def masks_from_units(channels: Channels, keep: Any) -> Params:
@@ -132,14 +140,24 @@ def slice_tree(channels: Channels, masks: Params, tree: Params) -> Params:
     return channels.structure.unflatten([jnp.asarray(x) for x in leaves])
 
 
-def shrink(apply: Apply, channels: Channels, params: Params, masks: Params) -> tuple[Params, Apply]:
-    """A physically smaller model that computes what the masked one does.
+def shrink(
+    apply: Apply,
+    channels: Channels,
+    params: Params,
+    masks: Params,
+    *,
+    image: jax.Array | None = None,
+    verify: bool = True,
+) -> tuple[Params, Apply]:
+    """A physically smaller model that computes what the masked one does, and is seen to.
 
     Args:
         apply: the model that `channels` was read from.
         channels: its units.
         params: its parameters.
         masks: what `masks` returned. Units that are masked only in part stay, with zeros in them.
+        image: [B,H,W,C], where masked and small logits are compared; None for two of random pixels in [0, 1].
+        verify: False compares nothing, and compiles nothing.
 
     Returns:
         `(small_params, small_apply)`. `small_apply` is a pure function like `apply`: it composes with `jit`, `grad`,
@@ -147,12 +165,19 @@ def shrink(apply: Apply, channels: Channels, params: Params, masks: Params) -> t
 
     Raises:
         ValueError: masks of another structure, or masks that remove every unit of some group.
+        RuntimeError: logits that differ by more than 1e-5 max(1, max |logit|), or are not finite.
     """
     require_like_params("params", params, channels)
     require_like_params("masks", masks, channels)
     masked = jax.tree.map(lambda x, m: np.asarray(x) * np.asarray(m, x.dtype), params, masks)
     small_params = slice_tree(channels, masks, masked)
-    return small_params, shrink_apply(apply, channels, params, kept_units(channels, masks))
+    small_apply = shrink_apply(apply, channels, params, kept_units(channels, masks))
+    if verify:
+        if image is None:
+            pixels = np.random.default_rng(0).uniform(size=(2, *channels.image.shape[1:]))
+            image = jnp.asarray(pixels, channels.image.dtype)
+        _require_equal(jax.jit(apply)(masked, image), jax.jit(small_apply)(small_params, image))
+    return small_params, small_apply
 
 
 def shrink_apply(apply: Apply, channels: Channels, params: Params, keep: np.ndarray) -> Apply:
@@ -188,7 +213,7 @@ def max_difference(apply: Apply, channels: Channels, params: Params, masks: Para
     Returns:
         max |masked - shrunk|, a float; NaN where either is.
     """
-    small_params, small_apply = shrink(apply, channels, params, masks)
+    small_params, small_apply = shrink(apply, channels, params, masks, verify=False)
     masked = jax.jit(apply)(trees.multiply(params, masks), image)
     return float(jnp.max(jnp.abs(masked - jax.jit(small_apply)(small_params, image))))
 
@@ -198,6 +223,12 @@ def require_like_params(name: str, tree: Params, channels: Channels) -> None:
     leaves, structure = jax.tree.flatten(tree)
     fits = structure == channels.structure and tuple(x.shape for x in leaves) == channels.shapes
     check.require(fits, name, f"a tree of {len(leaves)} leaves", "of the full parameters' structure and shapes")
+
+
+def _require_equal(masked: jax.Array, shrunk: jax.Array) -> None:
+    difference, largest = jnp.max(jnp.abs(masked - shrunk)), jnp.max(jnp.abs(masked))
+    if not difference <= 1e-5 * jnp.maximum(1, largest):
+        raise RuntimeError(f"the shrunk model differs by {difference:.2g} in its logits from the masked one")
 
 
 def _keep(channels: Channels, keep: np.ndarray) -> list[list[np.ndarray]]:

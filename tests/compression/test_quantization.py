@@ -47,3 +47,73 @@ def test_quantizing_twice_changes_nothing_and_jit_agrees():
     np.testing.assert_allclose(dequantize(quantize(once)), once, rtol=1e-3)
     for a, b in zip(jax.tree.leaves(jax.jit(quantize)(w)), jax.tree.leaves(quantize(w)), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+KINDS = [(8, True), (8, False), (4, True), (4, False)]
+LIMITS = {(8, True): (-127, 127), (8, False): (-128, 127), (4, True): (-7, 7), (4, False): (-8, 7)}
+
+
+def skewed(shape, seed=0):
+    """A bell per channel, off centre, with an outlier here and there."""
+    rng = np.random.default_rng(seed)
+    w = rng.normal(size=shape) + rng.normal(size=shape[-1])
+    return np.float32(np.where(rng.uniform(size=shape) < 0.02, 4 * w, w) * np.exp(rng.normal(size=shape[-1])))
+
+
+def test_a_hand_computed_asymmetric_matrix():
+    w = jnp.array([[-1.0, 2.0], [14.0, 4.0], [0.0, 0.0], [13.4, 30.0]])  # 15 steps of 1 from -1; 15 steps of 2 from 0
+    quantized = quantize({"w": w}, bits=4, symmetric=False)
+    np.testing.assert_array_equal(quantized.scale["w"], [1, 2])
+    np.testing.assert_array_equal(quantized.zero["w"], [-7, -8])
+    np.testing.assert_array_equal(quantized.value["w"].astype(int), [[-8, -7], [7, -6], [-7, -8], [6, 7]])
+    np.testing.assert_array_equal(dequantize(quantized)["w"], [[-1, 2], [14, 4], [0, 0], [13, 30]])
+
+
+@pytest.mark.parametrize(("bits", "symmetric"), KINDS)
+def test_each_weight_takes_the_nearest_value_of_its_channel(bits, symmetric):
+    w = skewed((40, 6))
+    quantized = quantize(w, bits=bits, symmetric=symmetric)
+    low, high = LIMITS[bits, symmetric]
+    zero = np.zeros(6) if symmetric else np.float64(quantized.zero)
+    values = (np.arange(low, high + 1)[:, None] - zero) * np.float64(quantized.scale)
+    distance = np.abs(np.float64(w)[:, None] - values)
+    chosen = np.float64(dequantize(quantized))
+    np.testing.assert_allclose(np.abs(chosen - w), distance.min(1), atol=1e-5 * np.abs(w).max())
+    assert {x.dtype for x in (quantized.value,)} == {jnp.dtype(f"int{bits}")}
+    assert (quantized.zero is None) == symmetric
+    np.testing.assert_array_equal(dequantize(quantize(np.zeros((3, 2)), bits=bits, symmetric=symmetric)), 0)
+
+
+def test_asymmetric_values_lie_closer_where_a_channel_is_off_centre_and_never_clip():
+    w = skewed((200, 8))
+    quantized = quantize(w, symmetric=False)
+    error = np.abs(np.float64(w) - dequantize(quantized))
+    assert (error <= 0.5 * np.float64(quantized.scale) * (1 + 1e-4)).all()
+    off_centre = np.abs(w) + 1
+    assert np.mean((dequantize(quantize(off_centre, symmetric=False)) - off_centre) ** 2) < 0.4 * np.mean(
+        (dequantize(quantize(off_centre)) - off_centre) ** 2
+    )
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_four_bits_take_the_range_of_least_squared_error(symmetric):
+    w = skewed((3, 3, 16, 12), seed=1)
+    quantized = quantize(w, bits=4, symmetric=symmetric)
+    error = np.square(np.float64(dequantize(quantized)) - w).sum((0, 1, 2))
+    low, high = LIMITS[4, symmetric]
+    tried = []
+    for ratio in 1 - np.arange(11) / 20:
+        least = np.zeros(12) if symmetric else np.minimum(w.min((0, 1, 2)), 0) * ratio
+        most = (np.abs(w) if symmetric else np.maximum(w, 0)).max((0, 1, 2)) * ratio
+        exact = (most - least) / (high if symmetric else high - low)
+        near = exact.astype(np.float16)
+        scale = np.where(near < exact, np.nextafter(near, np.float16(np.inf)), near).astype(np.float64)
+        zero = 0 if symmetric else np.round(low - least / scale)
+        tried.append(np.square((np.clip(np.round(w / scale) + zero, low, high) - zero) * scale - w).sum((0, 1, 2)))
+    np.testing.assert_allclose(error, np.min(tried, 0), rtol=1e-4)
+    assert (error < tried[0]).all()
+
+
+def test_bits_that_are_not_known_are_named():
+    with pytest.raises(ValueError, match=r"^bits is 3: must be one of 4, 8$"):
+        quantize(jnp.ones((2, 2)), bits=3)
