@@ -22,10 +22,10 @@ from fedrobust.trace.axes import (
 def broadcast_in_dim(context: Context, operand: Axes) -> list[Axes]:
     """New axes, and axes of length 1 that grow, only repeat one slice: any part of them may go."""
     is_zero = context.literal(0) is not None and context.literal(0) == 0
-    out = [context.graph.fresh(n, zero=is_zero, free=True) for n in context.shape]
+    out = [context.graph.fresh(n, zero=is_zero, free=True)._replace(uniform=True) for n in context.shape]
     for axis, dimension in zip(operand, context.settings["broadcast_dimensions"], strict=True):
         if len(axis.id) == context.shape[dimension]:
-            out[dimension] = axis
+            out[dimension] = axis._replace(uniform=False)
         else:
             context.graph.freeze(axis)
     return [tuple(fixed(1) if len(a.id) == 1 and a.free else a for a in out)]

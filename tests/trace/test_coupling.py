@@ -140,7 +140,10 @@ WIDTHS = {"a": (1, 4), "c": (4, 2)}
         (jax.nn.sigmoid, True),  # not zero when masked, but the next weights are
         (lambda y: y + jnp.arange(4.0), True),
         (lambda y: y / jnp.sqrt(jnp.mean(y**2, -1, keepdims=True) + 1), True),  # masked entries add zero to the sum
-        (lambda y: y / jnp.mean(jnp.exp(y), -1, keepdims=True), False),  # exp(0) = 1 would be missing
+        (lambda y: y / jnp.mean(jnp.exp(y), -1, keepdims=True), True),  # exp(0) = 1 is missing, and added
+        (lambda y: y / jnp.mean(jnp.exp(y + jnp.arange(4.0)), -1, keepdims=True), False),  # each another value
+        (lambda y: y - jnp.mean(jnp.exp(y) @ jnp.ones((4, 4)), -1, keepdims=True), False),
+        (lambda y: (y - jnp.mean(y, -1, keepdims=True)) / jnp.var(y, -1, keepdims=True), True),
         (lambda y: y / jnp.max(y, -1, keepdims=True), False),
         (jax.nn.softmax, False),
         (lambda y: jnp.cumsum(y, -1), False),
