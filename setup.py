@@ -4,6 +4,8 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+EXPORT = ["onnx>=1.18,<2", "onnxruntime>=1.20,<2"]
+
 setup(
     name="fedrobust",
     version="0.1.0",
@@ -33,7 +35,8 @@ setup(
         "matplotlib>=3.9,<4",
     ],
     extras_require={
-        "test": ["pytest>=8,<10", "pytest-xdist>=3.6,<4", "hypothesis>=6.100,<7"],
+        "export": EXPORT,
+        "test": ["pytest>=8,<10", "pytest-xdist>=3.6,<4", "hypothesis>=6.100,<7", *EXPORT],
         "dev": ["ruff>=0.14", "mypy>=1.15", "pre-commit>=4"],
         "bench": ["torch==2.13.*", "opacus>=1.6,<1.7", "jax-privacy>=2.0,<2.1"],
         "attacks": [

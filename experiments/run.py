@@ -3,6 +3,7 @@
 python -m experiments.run quickstart
 python -m experiments.run combinations --dataset pneumonia_mnist --scale cpu --seeds 0 1 2
 python -m experiments.run epsilon_curve --dataset pneumonia_mnist
+python -m experiments.run codecs --dataset pneumonia_mnist --seeds 0 1 2
 python -m experiments.run combinations --help
 python -m experiments.run audit
 """
@@ -20,6 +21,8 @@ from rich.console import Console
 
 import experiments.audit.settings as audit_settings
 import experiments.audit.study as audit_study
+import experiments.codecs.presets as codec_presets
+import experiments.codecs.study as codec_study
 import experiments.combinations.presets as combination_presets
 import experiments.combinations.study as combination_study
 import experiments.epsilon_curve.presets as curve_presets
@@ -50,6 +53,7 @@ COMMANDS = {
         functools.partial(combination_presets.preset, "combinations"), _shown(combination_study.run)
     ),
     "epsilon_curve": Command(curve_presets.preset, _shown(curve_study.run)),
+    "codecs": Command(codec_presets.preset, _shown(codec_study.run)),
     "audit": Command(functools.partial(audit_settings.audit_preset, "audit"), audit_study.run),
 }
 

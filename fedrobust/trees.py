@@ -59,10 +59,28 @@ def add_flat(tree: Params, flat: jax.Array) -> Params:
     Returns:
         The sum, in each leaf's shape and dtype.
     """
-    leaves, structure = jax.tree.flatten(tree)
+    return jax.tree.map(lambda x, piece: x + piece, tree, from_flat(tree, flat))
+
+
+def to_flat(tree: Params) -> jax.Array:
+    """All scalars as float32 [size(tree)], in the order of the leaves."""
+    return jnp.concatenate([x.astype(jnp.float32).ravel() for x in jax.tree.leaves(tree)])
+
+
+def from_flat(like: Params, flat: jax.Array) -> Params:
+    """The tree of which `flat` holds the scalars.
+
+    Args:
+        like: a pytree of arrays or `jax.ShapeDtypeStruct`; values do not matter.
+        flat: [size(like)], in the order of the leaves.
+
+    Returns:
+        A pytree of `like`'s structure, shapes and dtypes.
+    """
+    leaves, structure = jax.tree.flatten(like)
     pieces = jnp.split(flat, list(itertools.accumulate(x.size for x in leaves))[:-1])
-    summed = [x + piece.reshape(x.shape).astype(x.dtype) for x, piece in zip(leaves, pieces, strict=True)]
-    return jax.tree.unflatten(structure, summed)
+    shaped = [piece.reshape(x.shape).astype(x.dtype) for x, piece in zip(leaves, pieces, strict=True)]
+    return jax.tree.unflatten(structure, shaped)
 
 
 def weighted_sum(weight: jax.Array, stacked: Params) -> Params:

@@ -185,6 +185,30 @@ class Aggregator(NamedTuple):
     apply: Callable[[Key, Any, Params, jax.Array], tuple[Params, Any, Any]]
 
 
+class Codec(NamedTuple):
+    """How one sender says an update in few bytes. Built for the shapes of one model, which both sides know.
+
+    All but the last two are pure and may be traced, mapped and scanned; those two run on the host.
+
+    Attributes:
+        init: `params -> state`, what one sender remembers, such as what it has not said yet; () where nothing.
+        encode: `(key, state, update) -> (code, state)`.
+        decode: `code -> update`.
+        num_bits: `code -> [] int32`, equal to `8 * len(serialize(code))`.
+        shape: the code as a pytree of `jax.ShapeDtypeStruct`: its size never depends on values, its bytes do.
+        serialize: `code -> bytes`, all that is sent.
+        deserialize: `bytes -> code`, the same to the bit; ValueError for bytes that are not a code.
+    """
+
+    init: Callable[[Params], Any]
+    encode: Callable[[Key, Any, Params], tuple[Any, Any]]
+    decode: Callable[[Any], Params]
+    num_bits: Callable[[Any], jax.Array]
+    shape: Any
+    serialize: Callable[[Any], bytes]
+    deserialize: Callable[[bytes], Any]
+
+
 class Federated(NamedTuple):
     """A federated algorithm.
 

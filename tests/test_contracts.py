@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedrobust import models
+from fedrobust import models, trees
 from fedrobust.attacks import SEARCHES, UPDATE_ATTACKS, run
+from fedrobust.compression.codecs import CODECS
 from fedrobust.data import PARTITIONS
 from fedrobust.defenses import AGGREGATORS
 from fedrobust.federated import BACKENDS, map_clients
@@ -23,6 +24,10 @@ SETTINGS = {
     "quantity_skew": {"alpha": 0.3},
     "sign_flip": {"scale": 3.0},
     "auto_pgd": {"norm": "linf", "num_steps": 6, "random_start": True, "objective": "margin"},
+    "qsgd": {"num_levels": 2},
+    "power_sgd": {"rank": 1},
+    "random_k": {"share": 0.3, "unbiased": True},
+    "top_k": {"share": 0.3},
     "fab": {"norm": "linf", "num_steps": 6, "num_targets": 2},
     "momentum_pgd": {"norm": "linf", "step_size": 0.02, "num_steps": 6, "momentum": 0.5, "random_start": True},
     "random_noise": {"norm": "linf", "num_queries": 6},
@@ -187,6 +192,76 @@ def test_a_search_finds_nothing_at_radius_zero_or_where_logits_are_nan(name):
     for found in (attack(0.0, 0.0), attack(0.2, np.nan)):
         assert not found.wrong.any()
         assert np.isfinite(found.image).all()
+
+
+SENT = {
+    "w": np.random.default_rng(4).normal(size=(NUM_CLIENTS, 6, 5)).astype(np.float32),
+    "b": np.random.default_rng(5).normal(size=(NUM_CLIENTS, 3)).astype(np.float32),
+}
+MODEL = jax.tree.map(lambda x: x[0], SENT)
+
+
+@functools.cache
+def codec(name):
+    built = CODECS[name](MODEL, **SETTINGS.get(name, {}))
+    return built._replace(encode=jax.jit(built.encode), decode=jax.jit(built.decode), num_bits=jax.jit(built.num_bits))
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_a_codec_is_pure_and_keeps_the_shapes_of_state_code_and_update(name):
+    built = codec(name)
+    state = built.init(MODEL)
+    (code, new), again = (built.encode(KEY, state, MODEL) for _ in range(2))
+    assert bits((code, new)) == bits(again)
+    assert shapes(new) == shapes(state)
+    assert shapes(code) == shapes(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), built.shape))
+    assert shapes(built.decode(code)) == shapes(MODEL)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(built.decode(code)))
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_a_code_goes_through_its_bytes_to_the_bit_and_they_are_what_is_counted(name):
+    built = codec(name)
+    for update in (MODEL, trees.zeros_like(MODEL), jax.tree.map(lambda x: -1e20 * x, MODEL)):
+        code = built.encode(KEY, built.init(MODEL), update)[0]
+        data = built.serialize(code)
+        assert built.num_bits(code) == 8 * len(data)
+        back = built.deserialize(data)
+        assert jax.tree.structure(back) == jax.tree.structure(code)
+        assert (shapes(back), bits(back)) == (shapes(code), bits(code))
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_bytes_cut_off_or_too_many_are_no_code(name):
+    built = codec(name)
+    data = built.serialize(built.encode(KEY, built.init(MODEL), MODEL)[0])
+    for wrong in (b"", data[:-1], data[: len(data) // 2], data + b"\0"):
+        with pytest.raises(ValueError, match=r"^[^\n]*code[^\n]*$"):
+            built.deserialize(wrong)
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_a_codec_of_nothing_says_nothing(name):
+    built = codec(name)
+    for x in jax.tree.leaves(built.decode(built.encode(KEY, built.init(MODEL), trees.zeros_like(MODEL))[0])):
+        assert (x == 0).all()
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_a_codec_maps_over_clients(name):
+    built = codec(name)
+    key, state = jax.random.split(KEY, 2), built.init(MODEL)
+
+    def through(key, update):
+        code, new = built.encode(key, state, update)
+        return built.decode(code), new, built.num_bits(code)
+
+    sent = jax.tree.map(lambda x: x[:2], SENT)
+    mapped = jax.jit(jax.vmap(through))(key, sent)
+    for row in range(2):
+        one, alone = (jax.tree.map(lambda x, row=row: x[row], tree) for tree in (mapped, sent))
+        for x, y in zip(*map(jax.tree.leaves, (one, through(key[row], alone))), strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

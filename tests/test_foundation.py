@@ -17,6 +17,15 @@ def values(tree):
     return [float(x) for leaf in jax.tree.leaves(tree) for x in np.ravel(leaf)]
 
 
+def test_a_tree_goes_through_one_vector_and_back():
+    tree = {"b": jnp.asarray([1, 2], jnp.int32), "s": jnp.asarray(3.0), "w": jnp.arange(4.0).reshape(2, 2)}
+    flat = trees.to_flat(tree)
+    assert (flat.tolist(), flat.dtype) == ([1, 2, 3, 0, 1, 2, 3], jnp.float32)
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+    back = trees.from_flat(like, flat)
+    assert jax.tree.map(lambda x: (x.tolist(), x.dtype), back) == jax.tree.map(lambda x: (x.tolist(), x.dtype), tree)
+
+
 def test_tree_arithmetic_by_hand():
     assert values(trees.add(A, B)) == [1.5, 2, 2]
     assert values(trees.subtract(A, B)) == [0.5, -6, 4]

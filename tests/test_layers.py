@@ -95,6 +95,7 @@ def test_the_package_itself_imports_nothing():
         (("jax.experimental",), "fedrobust/privacy/entropy.py"),  # noise from the host needs a call with side effects
         (("dp_accounting",), "fedrobust/privacy/"),
         (("safetensors",), "fedrobust/compression/"),
+        (("onnx", "onnxruntime"), "fedrobust/compression/export/"),
         (("orbax",), "fedrobust/federated/checkpoint.py"),
         (("matplotlib",), "fedrobust/reporting/"),
         (("jax._src",), "nowhere"),

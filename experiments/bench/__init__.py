@@ -6,7 +6,10 @@ Each module is one benchmark: a docstring that states its source, command, cost 
 
 NAMES = {
     "attacks": "experiments.bench.attacks",
+    "compress": "experiments.bench.compress",
+    "coupling": "experiments.bench.coupling",
     "dp_step": "experiments.bench.dp_step",
+    "onnx": "experiments.bench.onnx",
     "ops": "experiments.bench.ops",
 }
 """Benchmark name -> the module that runs it."""

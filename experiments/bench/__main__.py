@@ -24,7 +24,18 @@ if TYPE_CHECKING:
     from experiments.bench.timing import Comparison
 
 
-_PACKAGES = ("jax", "jaxlib", "flax", "torch", "opacus", "jax-privacy", "torchattacks", "foolbox")
+_PACKAGES = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "torch",
+    "opacus",
+    "jax-privacy",
+    "torchattacks",
+    "foolbox",
+    "onnx",
+    "onnxruntime",
+)
 
 
 def main(name: Annotated[str, tyro.conf.Positional], json: Path | None = None) -> None:

@@ -52,7 +52,7 @@ def save(file: str, num: int) -> None:
     train = data.load("digits").train
     image = jax.image.resize(train.image, (len(train.label), 28, 28, 1), "linear")
     label = jnp.asarray(train.label < 5, jnp.int32)
-    root, model = keys.root(0), _model()
+    root, model = keys.root(0), resnet9()
     params = model.init(keys.stream(root, "init"), image[:1])
     loss, optimizer = losses.cross_entropy(model.apply), optax.adam(1e-3)
 
@@ -70,10 +70,20 @@ def save(file: str, num: int) -> None:
     np.savez(file, image=image[:num], label=prediction, **weights)
 
 
-def _model() -> Any:
+def resnet9() -> Any:
+    """The network of all sides."""
     from fedrobust import models
 
     return models.build("resnet9", builder="flax", image_shape=(28, 28, 1), num_classes=2, width=32)
+
+
+def parameters(weights: dict[str, np.ndarray]) -> dict[str, dict[str, Any]]:
+    """The tree of parameters from a file's arrays by path."""
+    params: dict[str, dict[str, Any]] = {}
+    for name, x in weights.items():
+        layer, entry = name.split("/")
+        params.setdefault(layer, {})[entry] = x
+    return params
 
 
 def _jax_side(
@@ -87,11 +97,8 @@ def _jax_side(
     if library.startswith("foolbox"):
         # The network as its users write it; this process runs nothing else.
         ops.conv = sides._lax_conv  # type: ignore[assignment]
-    model = _model()
-    params: dict[str, dict[str, Any]] = {}
-    for name, x in weights.items():
-        layer, entry = name.split("/")
-        params.setdefault(layer, {})[entry] = jax.numpy.asarray(x)
+    model = resnet9()
+    params = jax.tree.map(jax.numpy.asarray, parameters(weights))
     _agree(jax.jit(model.apply)(params, image).argmax(1), label)
     if library.startswith("foolbox"):
 

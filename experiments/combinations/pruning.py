@@ -70,7 +70,7 @@ def shrink(
     Raises:
         RuntimeError: the small model is not the masked one.
     """
-    keep = compression.kept_units(channels, state.mask)
+    num_kept = compression.num_kept(channels, state.mask)
     structure: Any = jax.tree.structure(state.params)
 
     def cut(tree: Any) -> Any:
@@ -82,7 +82,7 @@ def shrink(
 
         return jax.tree.map(leaf, tree, is_leaf=like_params)
 
-    apply = _small_apply(model, image.shape[1:], tuple(np.bincount(channels.group[keep]).tolist()))
+    apply = _small_apply(model, image.shape[1:], tuple(num_kept.tolist()))
     small = cut(state)
     masked, shrunk = jax.jit(model.apply)(state.params, image), jax.jit(apply)(small.params, image)
     return apply, small, require_equal(masked, shrunk, "the shrunk model")

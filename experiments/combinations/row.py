@@ -22,7 +22,7 @@ from experiments.combinations.settings import Attack as AttackSettings
 from experiments.combinations.settings import Study
 from experiments.combinations.training import BATCH_SIZE, Job, Progress, Trained, train
 from experiments.parallel import Check
-from fedrobust import attacks, compression, evaluation, keys, privacy, reporting, trace, trees
+from fedrobust import attacks, compression, evaluation, keys, privacy, reporting, trees
 from fedrobust.types import Dataset, Key, Model, Run, Search
 
 PACKAGES = ("fedrobust", "jax", "jaxlib", "flax", "dm-haiku", "optax", "dp-accounting", "numpy")
@@ -225,14 +225,24 @@ def _size(model: Model, final: Final, image_shape: tuple[int, int, int], folder:
     example = jnp.zeros((1, *image_shape))
     dense = model.init(jax.random.key(0), example)
     path = folder / "dense.safetensors"
-    models = (final.apply, final.params), (model.apply, dense)
-    times = evaluation.latencies(*models, image_shape=image_shape, batch_size=LATENCY_BATCH)
-    own = final.params.value if isinstance(final.params, compression.Quantized) else final.params
-    figures = {
-        "parameters": (trees.size(own), trees.size(dense)),
-        "bytes": (final.bytes, compression.save(path, dense, guarantee={})),
-        "flops": (trace.flops(final.apply, final.params, example), trace.flops(model.apply, dense, example)),
-        "latency_ms": (times[0], times[1]),
+    models = (final.apply, final.params, final.bytes), (model.apply, dense, compression.save(path, dense, guarantee={}))
+    measured = evaluation.costs(*models, image_shape=image_shape, batch_sizes=(1, LATENCY_BATCH))
+    if isinstance(final.params, compression.Quantized):  # scales and zero points are none
+        measured[0] = measured[0]._replace(parameters=trees.size(final.params.value))
+    this, other = map(_figures, measured)
+    return this | {f"{name}_ratio": this[name] / other[name] for name in this}
+
+
+def _figures(cost: evaluation.Cost) -> dict[str, float]:
+    """A model's cost by the names that rows have; time and memory without a 1 in the name are of `LATENCY_BATCH`."""
+    single, batch = cost.latency[1], cost.latency[LATENCY_BATCH]
+    return {
+        "parameters": cost.parameters,
+        "bytes": cost.bytes,
+        "flops": cost.flops,
+        "peak_bytes": cost.peak_bytes[LATENCY_BATCH],
+        "latency_ms": batch.median_ms,
+        "latency_p95_ms": batch.p95_ms,
+        "latency_1_ms": single.median_ms,
+        "latency_1_p95_ms": single.p95_ms,
     }
-    size = {name: this for name, (this, _) in figures.items()}
-    return size | {f"{name}_ratio": this / other for name, (this, other) in figures.items()}

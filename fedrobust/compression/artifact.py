@@ -90,7 +90,7 @@ def save(
     for name, tensor in tensors.items():
         check.require(bool(np.isfinite(tensor).all()), f"params {name}", "not finite", "finite")
     data = serialize(tensors, {**metadata, "digest": _digest(tensors, metadata)})
-    _write(Path(path), data)
+    write(Path(path), data)
     return len(data)
 
 
@@ -185,7 +185,8 @@ def _digest(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> s
     return digest.hexdigest()[:32]
 
 
-def _write(path: Path, data: bytes) -> None:
+def write(path: Path, data: bytes) -> None:
+    """Writes a file whole or not at all, through a temporary one beside it."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with partial.open("wb") as file:

@@ -6,7 +6,6 @@ whole norm group, because zeroing part of a group and removing it are not the sa
 model's own equations (`fedrobust.trace`), so nothing has to be annotated.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -30,6 +29,7 @@ class Channels(NamedTuple):
         shapes: the shape of each leaf.
         structure: of the pytree of parameters.
         unknown: names of the operations that are not understood and keep all they touch from being pruned.
+        image: an image the model was read at, [1,H,W,C].
     """
 
     unit: tuple[tuple[np.ndarray, ...], ...]
@@ -37,6 +37,7 @@ class Channels(NamedTuple):
     shapes: tuple[tuple[int, ...], ...]
     structure: jax.tree_util.PyTreeDef
     unknown: tuple[str, ...]
+    image: jax.ShapeDtypeStruct
 
 
 def find_channels(apply: Apply, params: Params, image: Any) -> Channels:
@@ -50,9 +51,14 @@ def find_channels(apply: Apply, params: Params, image: Any) -> Channels:
     Returns:
         The units, numbered in the order in which the leaves show them.
 
+    Raises:
+        ValueError: an image changes the logits of another one in its batch.
+
     Guarantees:
         Image channels and logits stay. Masking a unit and removing it give the same logits up to rounding.
     """
+    ties = trace.ties_examples(apply, params, image)
+    check.require(not ties, "apply", "a function of the whole batch", "one of each image alone, without BatchNorm")
     coupling = trace.couple(apply, params, image)
     leaves = coupling.leaf_axes()
     flat = np.concatenate([np.zeros(0, int), *(axis for leaf in leaves for axis in leaf)])
@@ -66,42 +72,8 @@ def find_channels(apply: Apply, params: Params, image: Any) -> Channels:
     groups = {place: number for number, place in enumerate(dict.fromkeys(map(tuple, touches)))}
     group = np.array([groups[tuple(place)] for place in touches], int)
     shapes = tuple(x.shape for x in jax.tree.leaves(params))
-    return Channels(unit, group, shapes, jax.tree.structure(params), coupling.unknown)
-
-
-def masks(channels: Channels, params: Params, *, sparsity: float, score: str = "l2") -> Params:
-    """Masks that remove the same share of the lowest-scoring units from every group.
-
-    A unit's score is the norm of all parameters that go with it. Of a group of n units, floor(sparsity * n) go, so at
-    least one stays.
-
-    Args:
-        channels: the model's units.
-        params: the parameters to score, concrete float arrays.
-        sparsity: in [0, 1), the share of units to remove.
-        score: "l2" or "l1".
-
-    Returns:
-        A pytree like `params` of float32 zeros and ones; `fedrobust.trees.multiply(params, masks)` is the masked model.
-
-    Raises:
-        ValueError: sparsity outside [0, 1), unknown score, or parameters of other shapes.
-
-    Source: Li et al., Pruning Filters for Efficient ConvNets, 2017, https://arxiv.org/abs/1608.08710, section 3.1 (L1),
-        and Fang et al., DepGraph, 2023, https://arxiv.org/abs/2301.12900, section 3.3 (one norm over all coupled
-        parameters). Here every layer loses the same share.
-    """
-    check.fraction("sparsity", sparsity, one=False)
-    check.one_of("score", score, ("l1", "l2"))
-    _require_like_params("params", params, channels)
-    scores = _scores(channels, params, power=1 if score == "l1" else 2)
-    keep = np.ones(len(channels.group), bool)
-    for number in np.unique(channels.group):
-        members = np.flatnonzero(channels.group == number)
-        # The small term undoes roundings such as 0.29 * 100 = 28.999...
-        num_removed = min(math.floor(sparsity * len(members) + 1e-9), len(members) - 1)
-        keep[members[np.argsort(scores[members], kind="stable")[:num_removed]]] = False
-    return masks_from_units(channels, keep)
+    one = jax.ShapeDtypeStruct((1, *image.shape[1:]), image.dtype)
+    return Channels(unit, group, shapes, jax.tree.structure(params), coupling.unknown, one)
 
 
 def masks_from_units(channels: Channels, keep: Any) -> Params:
@@ -112,7 +84,8 @@ def masks_from_units(channels: Channels, keep: Any) -> Params:
         keep: [U] bool, which units stay.
 
     Returns:
-        A pytree like `params` of float32 zeros and ones.
+        A pytree like the parameters of float32 zeros and ones; `fedrobust.trees.multiply(params, masks)` is the masked
+        model.
     """
     keep = np.append(np.asarray(keep, np.float32), np.float32(1))  # index -1 always stays
     leaves = []
@@ -137,7 +110,7 @@ def kept_units(channels: Channels, masks: Params) -> np.ndarray:
     Raises:
         ValueError: masks of other shapes, or masks that remove every unit of some group.
     """
-    _require_like_params("masks", masks, channels)
+    require_like_params("masks", masks, channels)
     keep = np.zeros(len(channels.group), bool)
     for leaf, axes in zip(jax.tree.leaves(masks), channels.unit, strict=True):
         present = np.asarray(leaf) != 0
@@ -160,21 +133,31 @@ def slice_tree(channels: Channels, masks: Params, tree: Params) -> Params:
     Returns:
         The same tree with smaller leaves.
     """
-    _require_like_params("tree", tree, channels)
+    require_like_params("tree", tree, channels)
     keep = _keep(channels, kept_units(channels, masks))
     # On the host: cut by XLA, every new shape would cost a compilation.
     leaves = [np.asarray(x)[np.ix_(*axes)] for x, axes in zip(jax.tree.leaves(tree), keep, strict=True)]
     return channels.structure.unflatten([jnp.asarray(x) for x in leaves])
 
 
-def shrink(apply: Apply, channels: Channels, params: Params, masks: Params) -> tuple[Params, Apply]:
-    """A physically smaller model that computes what the masked one does.
+def shrink(
+    apply: Apply,
+    channels: Channels,
+    params: Params,
+    masks: Params,
+    *,
+    image: jax.Array | None = None,
+    verify: bool = True,
+) -> tuple[Params, Apply]:
+    """A physically smaller model that computes what the masked one does, and is seen to.
 
     Args:
         apply: the model that `channels` was read from.
         channels: its units.
         params: its parameters.
         masks: what `masks` returned. Units that are masked only in part stay, with zeros in them.
+        image: [B,H,W,C], where masked and small logits are compared; None for two of random pixels in [0, 1].
+        verify: False compares nothing, and compiles nothing.
 
     Returns:
         `(small_params, small_apply)`. `small_apply` is a pure function like `apply`: it composes with `jit`, `grad`,
@@ -182,12 +165,19 @@ def shrink(apply: Apply, channels: Channels, params: Params, masks: Params) -> t
 
     Raises:
         ValueError: masks of another structure, or masks that remove every unit of some group.
+        RuntimeError: logits that differ by more than 1e-5 max(1, max |logit|), or are not finite.
     """
-    _require_like_params("params", params, channels)
-    _require_like_params("masks", masks, channels)
+    require_like_params("params", params, channels)
+    require_like_params("masks", masks, channels)
     masked = jax.tree.map(lambda x, m: np.asarray(x) * np.asarray(m, x.dtype), params, masks)
     small_params = slice_tree(channels, masks, masked)
-    return small_params, shrink_apply(apply, channels, params, kept_units(channels, masks))
+    small_apply = shrink_apply(apply, channels, params, kept_units(channels, masks))
+    if verify:
+        if image is None:
+            pixels = np.random.default_rng(0).uniform(size=(2, *channels.image.shape[1:]))
+            image = jnp.asarray(pixels, channels.image.dtype)
+        _require_equal(jax.jit(apply)(masked, image), jax.jit(small_apply)(small_params, image))
+    return small_params, small_apply
 
 
 def shrink_apply(apply: Apply, channels: Channels, params: Params, keep: np.ndarray) -> Apply:
@@ -223,28 +213,24 @@ def max_difference(apply: Apply, channels: Channels, params: Params, masks: Para
     Returns:
         max |masked - shrunk|, a float; NaN where either is.
     """
-    small_params, small_apply = shrink(apply, channels, params, masks)
+    small_params, small_apply = shrink(apply, channels, params, masks, verify=False)
     masked = jax.jit(apply)(trees.multiply(params, masks), image)
     return float(jnp.max(jnp.abs(masked - jax.jit(small_apply)(small_params, image))))
 
 
-def _scores(channels: Channels, params: Params, power: int) -> np.ndarray:
-    """[U] float64, the sum of |w|^power over all parameters of each unit; those of two units count for both."""
-    scores = np.zeros(len(channels.group))
-    for leaf, axes in zip(jax.tree.leaves(params), channels.unit, strict=True):
-        size = np.abs(np.asarray(leaf, np.float64)) ** power
-        for i, axis in enumerate(axes):
-            total = size.sum(axis=tuple(j for j in range(size.ndim) if j != i))
-            np.add.at(scores, axis[axis >= 0], total[axis >= 0])
-    return scores
+def require_like_params(name: str, tree: Params, channels: Channels) -> None:
+    """Requires a tree of the full parameters' structure and shapes; the ValueError calls it `name`."""
+    leaves, structure = jax.tree.flatten(tree)
+    fits = structure == channels.structure and tuple(x.shape for x in leaves) == channels.shapes
+    check.require(fits, name, f"a tree of {len(leaves)} leaves", "of the full parameters' structure and shapes")
+
+
+def _require_equal(masked: jax.Array, shrunk: jax.Array) -> None:
+    difference, largest = jnp.max(jnp.abs(masked - shrunk)), jnp.max(jnp.abs(masked))
+    if not difference <= 1e-5 * jnp.maximum(1, largest):
+        raise RuntimeError(f"the shrunk model differs by {difference:.2g} in its logits from the masked one")
 
 
 def _keep(channels: Channels, keep: np.ndarray) -> list[list[np.ndarray]]:
     lookup = np.append(keep, True)
     return [[lookup[axis] for axis in axes] for axes in channels.unit]
-
-
-def _require_like_params(name: str, tree: Params, channels: Channels) -> None:
-    leaves, structure = jax.tree.flatten(tree)
-    fits = structure == channels.structure and tuple(x.shape for x in leaves) == channels.shapes
-    check.require(fits, name, f"a tree of {len(leaves)} leaves", "of the full parameters' structure and shapes")

@@ -41,3 +41,21 @@ def cubic_sparsity(
         return final + (initial - final) * (1 - changed / (end - begin)) ** 3
 
     return sparsity
+
+
+def one_shot_sparsity(*, final: float, begin: int) -> Callable[[int], float]:
+    """Sparsity that is reached at once: nothing goes before step `begin`, everything at it.
+
+    Args:
+        final: sparsity from step `begin` on, in [0, 1).
+        begin: the step at which it changes, >= 0.
+
+    Returns:
+        `step -> sparsity`, a pure function of the step.
+
+    Raises:
+        ValueError: a setting out of range.
+    """
+    check.fraction("final", final, one=False)
+    check.at_least("begin", begin, 0)
+    return lambda step: final if step >= begin else 0.0

@@ -2,7 +2,7 @@
 
 from fedrobust.evaluation.accuracy import Metrics, metrics, predict, predicted_class
 from fedrobust.evaluation.attacked import Outcome, attack_all
-from fedrobust.evaluation.cost import Cost, cost, latencies
+from fedrobust.evaluation.cost import Cost, Latency, costs, latencies
 from fedrobust.evaluation.gate import PROBES, gate
 from fedrobust.evaluation.one_step import OneStepGap, one_step_gap
 from fedrobust.evaluation.robustness import Check, Robustness, Threat, evaluate, is_overestimated
@@ -24,6 +24,7 @@ __all__ = [
     "CertifiedAccuracy",
     "Check",
     "Cost",
+    "Latency",
     "Metrics",
     "OneStepGap",
     "Outcome",
@@ -34,7 +35,7 @@ __all__ = [
     "certificates",
     "certified_accuracy",
     "certify",
-    "cost",
+    "costs",
     "evaluate",
     "gate",
     "is_overestimated",

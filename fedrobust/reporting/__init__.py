@@ -4,13 +4,16 @@ from fedrobust.reporting.curve import POINT_FIELDS, auc_against_epsilon, epsilon
 from fedrobust.reporting.plots import accuracy_against_radius, trade_off, training_curves
 from fedrobust.reporting.rows import Combination, Row, append, config_hash, read, validate
 from fedrobust.reporting.tables import Table, latex, markdown, screen, table, to_latex, to_markdown, to_rich
+from fedrobust.reporting.uplink import UPLINK_FIELDS, accuracy_against_uplink, uplink_table
 
 __all__ = [
     "POINT_FIELDS",
+    "UPLINK_FIELDS",
     "Combination",
     "Row",
     "Table",
     "accuracy_against_radius",
+    "accuracy_against_uplink",
     "append",
     "auc_against_epsilon",
     "config_hash",
@@ -25,5 +28,6 @@ __all__ = [
     "to_rich",
     "trade_off",
     "training_curves",
+    "uplink_table",
     "validate",
 ]

@@ -51,7 +51,8 @@ Row = dict[str, Any]
   `detail`
 - `poisoned`: None, or `attack`, `malicious_share`, `rounds_share` (of the rounds it was trained for), then `mean` and
   one robust rule by its name, each with `accuracy` and `balanced_accuracy`
-- `size`: `parameters`, `bytes`, `flops`, `latency_ms`, and each `_ratio`: this model over the dense float32 one
+- `size`: `parameters`, `bytes`, `flops`, `latency_ms`, and each `_ratio`: this model over the dense float32 one; rows
+  made since 2026-11-28 also have `peak_bytes`, `latency_p95_ms`, and of one image `latency_1_ms`, `latency_1_p95_ms`
 - `privacy`: None, or at least `epsilon`, `delta`, `unit`, `relation`, `sampling`
 - `history`: `round`, `loss`, `val_accuracy`: lists of one length
 - `train_seconds`: float; `versions`: dict; `device`: str

@@ -2,6 +2,7 @@
 
 from fedrobust.trace.cost import flops
 from fedrobust.trace.coupling import Coupling, couple
+from fedrobust.trace.examples import ties_examples
 from fedrobust.trace.fast import fast_convolutions, fast_inference
 from fedrobust.trace.gradients import interruptions, straight_through
 from fedrobust.trace.opened import with_open_kernels
@@ -21,5 +22,6 @@ __all__ = [
     "read",
     "resize",
     "straight_through",
+    "ties_examples",
     "with_open_kernels",
 ]

@@ -1,6 +1,7 @@
 """Axes whose indices carry ids, and the graph that ties the ids together."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -30,13 +31,36 @@ class Axis(NamedTuple):
 Axes = tuple[Axis, ...]
 
 
-class Graph:
-    """Ids and the edges between them."""
+class Option(NamedTuple):
+    """A place where an axis can be cut in more than one way, each of them right.
 
-    def __init__(self):
+    Attributes:
+        num_ways: how many.
+        ids: of the axes that met the place.
+    """
+
+    num_ways: int
+    ids: list[np.ndarray]
+
+
+class Graph:
+    """Ids and the edges between them.
+
+    Args:
+        choices: place -> way, for the places where the way is not 0.
+    """
+
+    def __init__(self, choices: Mapping[Hashable, int] = MappingProxyType({})):
         self.num_ids = 1
         self.edges: list[tuple[np.ndarray, np.ndarray]] = []
         self.unknown: list[str] = []
+        self.choices = choices
+        self.options: dict[Hashable, Option] = {}
+
+    def choose(self, place: Hashable, num_ways: int, axis: Axis) -> int:
+        """The way taken at a place; that there was a choice is remembered."""
+        self.options.setdefault(place, Option(num_ways, [])).ids.append(axis.id)
+        return self.choices.get(place, 0)
 
     def fresh(self, size: int, zero: bool = False, free: bool = False) -> Axis:
         """An axis of new ids."""
@@ -123,14 +147,17 @@ def flattened(graph: Graph, axes: list[Axis]) -> Axis:
 def split_axis(graph: Graph, axis: Axis, shape: list[int]) -> list[Axis]:
     """Several axes out of one. The one that can still be cut is the one along which the ids vary.
 
-    Where they vary along more than one, as when channels become (groups, channels per group), it is the first: each
-    group stands or falls as a whole.
+    Where they vary along more than one, as when channels become (groups, channels per group), it is by default the
+    first: each group stands or falls as a whole.
     """
     if len(shape) == 1:
         return [axis]
     ids = axis.id.reshape(shape)
-    varying = [d for d in range(len(shape)) if (ids != ids.take([0], axis=d)).any()]
-    carrier = varying[0] if varying else 0
+    varying = _varying(ids)
+    if len(varying) > 1 and graph.choices:  # what was tied across the groups of a convolution has ids of its own still
+        varying = _varying(graph.components()[ids])
+    way = graph.choose(("split", *shape), len(varying), axis) if len(varying) > 1 else 0
+    carrier = varying[way] if varying else 0
     rows = np.moveaxis(ids, carrier, 0).reshape(shape[carrier], -1)
     zero = np.logical_and.reduce(np.moveaxis(axis.zero.reshape(shape), carrier, 0).reshape(shape[carrier], -1), axis=1)
     graph.join(rows, rows[:, :1])
@@ -139,9 +166,18 @@ def split_axis(graph: Graph, axis: Axis, shape: list[int]) -> list[Axis]:
     return out
 
 
+def _varying(ids: np.ndarray) -> list[int]:
+    return [d for d in range(ids.ndim) if (ids != ids.take([0], axis=d)).any()]
+
+
 def part(axis: Axis, index: slice) -> Axis:
     """Some of an axis's indices."""
     return Axis(axis.id[index], axis.zero[index], axis.free)
+
+
+def tiled(axis: Axis, repeats: int) -> Axis:
+    """The indices of an axis again and again."""
+    return Axis(np.tile(axis.id, repeats), np.tile(axis.zero, repeats), axis.free)
 
 
 class Context(NamedTuple):
@@ -172,3 +208,13 @@ class Context(NamedTuple):
     def literal(self, operand: int) -> Any:
         """The known scalar value of an operand, or None."""
         return self.literals.get(self.equation.inputs[operand])
+
+
+def opaque(context: Context, *operands: Axes) -> list[Axes]:
+    """An operation without a rule: all it touches stays as it is, and its name is kept for the user."""
+    touched = [axis for operand in operands for axis in operand if (axis.id != FROZEN).any()]
+    if touched:
+        context.graph.unknown.append(context.equation.name)
+    for axis in touched:
+        context.graph.freeze(axis)
+    return [tuple(fixed(n) for n in context.values[i].shape) for i in context.equation.outputs]

@@ -6,11 +6,19 @@ from typing import Any
 
 from fedrobust.trace.program import Equation, Program, nested, read
 
+_CONTRACTIONS = {
+    "convolution_image": lambda found: (found[0], found[1]),
+    "convolution_kernel": lambda found: (found[2], found[1]),
+    "convolution_output": lambda found: (found[1], found[2]),
+}
+"""Primitive of `fedrobust.ops` -> which of its first operand, second operand and result are (kernel, output)."""
+
 
 def flops(apply: Callable[..., Any], *args: Any) -> int:
     """Floating-point operations of one call: two for each multiply-add of a convolution or a matrix product.
 
-    Elementwise operations, reductions and pooling count nothing, as usual in the literature on compression.
+    Elementwise operations, reductions and pooling count nothing, as usual in the literature on compression. What
+    `fedrobust.ops.conv` becomes where it is differentiated or under a `vmap` counts as the convolution it is.
     Multiplications with padding count. The body of a scan counts once per step, a while loop's once, a cond's as its
     dearest branch.
 
@@ -33,6 +41,8 @@ def _program(program: Program) -> int:
 
 
 def _equation(program: Program, equation: Equation) -> int:
+    if equation.name in _CONTRACTIONS:
+        return _contraction(program, equation)
     if equation.name == "conv_general_dilated":
         kernel = program.values[equation.inputs[1]].shape
         taps = math.prod(kernel) // kernel[equation.settings["dimension_numbers"].rhs_spec[0]]
@@ -46,3 +56,10 @@ def _equation(program: Program, equation: Equation) -> int:
     if equation.name == "cond":
         return max(inner)
     return equation.settings.get("length", 1) * sum(inner) if equation.name == "scan" else sum(inner)
+
+
+def _contraction(program: Program, equation: Equation) -> int:
+    """Every entry of the output goes with every tap of its window, whichever of the three is left open."""
+    shapes = [program.values[i].shape for i in (*equation.inputs, *equation.outputs)]
+    kernel, output = _CONTRACTIONS[equation.name](shapes)
+    return 2 * math.prod(output) * math.prod(kernel[int(equation.settings["stacked"]) : -1])

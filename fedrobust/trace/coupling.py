@@ -6,15 +6,15 @@ rule, ties the axis to id 0, which is never removed. The connected components ar
 tell which slices are exactly zero once their unit is masked: a sum over an axis may lose such entries, and only such.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from fedrobust.trace.axes import FROZEN, Axes, Axis, Context, Graph, fixed
+from fedrobust.trace.axes import FROZEN, Axes, Axis, Context, Graph, Option, fixed, opaque
 from fedrobust.trace.program import Program, read
-from fedrobust.trace.rules import RULES, opaque
+from fedrobust.trace.rules import RULES
 from fedrobust.types import Params
 
 
@@ -52,11 +52,17 @@ class Coupling(NamedTuple):
         leaves = self.program.inputs[: self.num_leaves]
         return [[self.component[axis.id] for axis in self.layout.axes[leaf]] for leaf in leaves]
 
+    def num_units(self) -> int:
+        """How many components can be removed."""
+        return len(np.setdiff1d(self.component, FROZEN))
+
 
 def couple(apply: Callable[[Params, jax.Array], jax.Array], params: Params, image: Any) -> Coupling:
     """Finds the slices of the parameters that have to be removed together for the model to keep making sense.
 
-    The channels of the image and the logits are never removed, nor are parameters that the model does not use.
+    The channels of the image and the logits are never removed, nor are parameters that the model does not use. Where an
+    axis can be cut in several ways, such as a product that makes queries, keys and values of all heads, or the groups
+    of a convolution whose output is shuffled, the first one that leaves something to remove is taken.
 
     Args:
         apply: `(params, image[B,H,W,C]) -> logits[B,L]`, any pure function.
@@ -71,7 +77,22 @@ def couple(apply: Callable[[Params, jax.Array], jax.Array], params: Params, imag
         as all values are finite.
     """
     program = read(apply, params, image)
-    graph = Graph()
+    best, options = _coupled(program, {})
+    choices: dict[Hashable, int] = {}
+    tried: set[Hashable] = set()
+    while stuck := [place for place in options if place not in tried and _is_stuck(best, options[place])]:
+        tried.add(stuck[0])
+        for way in range(1, options[stuck[0]].num_ways):
+            other, its_options = _coupled(program, {**choices, stuck[0]: way})
+            if other.num_units() > best.num_units():
+                best, options, choices = other, its_options, {**choices, stuck[0]: way}
+                break
+    return best
+
+
+def _coupled(program: Program, choices: Mapping[Hashable, int]) -> tuple[Coupling, dict[Hashable, Option]]:
+    """The components under the given choices, and where there was one."""
+    graph = Graph(choices)
     leaves = program.inputs[:-1]
     used = {i for equation in program.equations for i in equation.inputs}
     inputs = [tuple(_parameter_axis(graph, n, i in used) for n in program.values[i].shape) for i in leaves]
@@ -83,7 +104,12 @@ def couple(apply: Callable[[Params, jax.Array], jax.Array], params: Params, imag
             graph.freeze(axis)
     component = graph.components()
     component[component >= last] = FROZEN  # nothing that a mask on the parameters could zero
-    return Coupling(program, layout, component, len(leaves), tuple(sorted(set(graph.unknown))))
+    return Coupling(program, layout, component, len(leaves), tuple(sorted(set(graph.unknown)))), graph.options
+
+
+def _is_stuck(coupling: Coupling, option: Option) -> bool:
+    """Whether nothing can be removed where an axis could be cut in another way."""
+    return any(len(np.unique(coupling.component[ids])) == 1 for ids in option.ids)
 
 
 def lay_out(graph: Graph, program: Program, inputs: Sequence[Axes]) -> Layout:

@@ -137,6 +137,17 @@ def _pad(settings: dict, arrays: Any, before: Any, after: Any) -> dict[str, Any]
     return {"padding_config": tuple(config)}
 
 
+def _slice_sizes(settings: dict, arrays: Any, before: Any, after: Any) -> dict[str, Any]:
+    """A gather or a dynamic slice may only have lost part of an axis that it reads whole."""
+    pairs = zip(before[0], settings["slice_sizes"], strict=True)
+    return {"slice_sizes": tuple(size if mask.all() else int(mask.sum()) for mask, size in pairs)}
+
+
+def _tile(settings: dict, arrays: Any, before: Any, after: Any) -> dict[str, Any]:
+    lengths = zip(_sizes(before[0]), _sizes(after[0]), strict=True)
+    return {"reps": tuple(many // one for one, many in lengths)}
+
+
 def _convolution(settings: dict, arrays: Any, before: Any, after: Any) -> dict[str, Any]:
     image, kernel = arrays
     dims = settings["dimension_numbers"]
@@ -150,6 +161,9 @@ RESIZE: dict[str, Callable[..., dict[str, Any]]] = {
         "sizes": tuple(_sizes(masks)[settings["axis"]] for masks in after)
     },
     "slice": _slice,
+    "tile": _tile,
+    "gather": _slice_sizes,
+    "dynamic_slice": _slice_sizes,
     "pad": _pad,
     "conv_general_dilated": _convolution,
 }

@@ -9,19 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from fedrobust.trace.axes import FROZEN, Axes, Axis, Context, Graph, fixed, flattened, merge, part, segments, split_axis
+from fedrobust.trace import moves
+from fedrobust.trace.axes import Axes, Axis, Context, Graph, fixed, merge, opaque, tiled
 
 Rule = Callable[..., list[Axes]]
-
-
-def opaque(context: Context, *operands: Axes) -> list[Axes]:
-    """An operation without a rule: all it touches stays as it is, and its name is kept for the user."""
-    touched = [axis for operand in operands for axis in operand if (axis.id != FROZEN).any()]
-    if touched:
-        context.graph.unknown.append(context.equation.name)
-    for axis in touched:
-        context.graph.freeze(axis)
-    return [tuple(fixed(n) for n in context.values[i].shape) for i in context.equation.outputs]
 
 
 def elementwise(context: Context, *operands: Axes) -> list[Axes]:
@@ -58,116 +49,6 @@ def _is_neutral(name: str, literal: Any) -> bool:
     return bool({"max": literal <= 0, "min": literal >= 0}.get(name, literal == 0))
 
 
-def broadcast_in_dim(context: Context, operand: Axes) -> list[Axes]:
-    """New axes, and axes of length 1 that grow, only repeat one slice: any part of them may go."""
-    is_zero = context.literal(0) is not None and context.literal(0) == 0
-    out = [context.graph.fresh(n, zero=is_zero, free=True) for n in context.shape]
-    for axis, dimension in zip(operand, context.settings["broadcast_dimensions"], strict=True):
-        if len(axis.id) == context.shape[dimension]:
-            out[dimension] = axis
-        else:
-            context.graph.freeze(axis)
-    return [tuple(fixed(1) if len(a.id) == 1 and a.free else a for a in out)]
-
-
-def reshape(context: Context, operand: Axes) -> list[Axes]:
-    """Splits and merges of neighbouring axes, group by group; axes of length 1 come and go."""
-    old, new = [len(axis.id) for axis in operand], context.shape
-    if 0 in old or context.settings["dimensions"] is not None:
-        return opaque(context, operand)
-    for axis in operand:
-        if len(axis.id) == 1:
-            context.graph.freeze(axis)
-    out = [fixed(n) for n in new]
-    for sources, targets in segments(old, list(new)):
-        flat = flattened(context.graph, [operand[i] for i in sources])
-        for i, axis in zip(targets, split_axis(context.graph, flat, [new[i] for i in targets]), strict=True):
-            out[i] = axis
-    return [tuple(out)]
-
-
-def transpose(context: Context, operand: Axes) -> list[Axes]:
-    """Permuted axes."""
-    return [tuple(operand[i] for i in context.settings["permutation"])]
-
-
-def squeeze(context: Context, operand: Axes) -> list[Axes]:
-    """Axes of length 1 go."""
-    dropped = context.settings["dimensions"]
-    for i in dropped:
-        context.graph.freeze(operand[i])
-    return [tuple(axis for i, axis in enumerate(operand) if i not in dropped)]
-
-
-def concatenate(context: Context, *operands: Axes) -> list[Axes]:
-    """Ids one after another along one axis; the other axes are shared."""
-    out = []
-    for i, axes in enumerate(zip(*operands, strict=True)):
-        if i == context.settings["dimension"]:
-            out.append(Axis(np.concatenate([a.id for a in axes]), np.concatenate([a.zero for a in axes])))
-        else:
-            out.append(merge(context.graph, list(axes), np.logical_and.reduce))
-    return [tuple(out)]
-
-
-def stack(context: Context, *operands: Axes) -> list[Axes]:
-    """A new axis, of fixed length, over operands that share their own."""
-    shared = [merge(context.graph, list(axes), np.logical_and.reduce) for axes in zip(*operands, strict=True)]
-    return [(*shared[: context.settings["axis"]], fixed(len(operands)), *shared[context.settings["axis"] :])]
-
-
-def unstack(context: Context, operand: Axes) -> list[Axes]:
-    """One axis becomes as many outputs, and stays as it is."""
-    along = context.settings["axis"]
-    context.graph.freeze(operand[along])
-    return [(*operand[:along], *operand[along + 1 :]) for _ in context.equation.outputs]
-
-
-def tile(context: Context, operand: Axes) -> list[Axes]:
-    """Every copy of an index goes with it."""
-    pairs = zip(operand, context.settings["reps"], strict=True)
-    return [tuple(Axis(np.tile(a.id, n), np.tile(a.zero, n), a.free) for a, n in pairs)]
-
-
-def slice_(context: Context, operand: Axes) -> list[Axes]:
-    """Part of each axis; an axis read with a stride stays as it is."""
-    settings = context.settings
-    strides = settings["strides"] or (1,) * len(operand)
-    out = []
-    for axis, start, limit, stride in zip(
-        operand, settings["start_indices"], settings["limit_indices"], strides, strict=True
-    ):
-        if stride > 1:
-            context.graph.freeze(axis)
-        out.append(part(axis, slice(start, limit, stride)))
-    return [tuple(out)]
-
-
-def split(context: Context, operand: Axes) -> list[Axes]:
-    """Consecutive parts along one axis."""
-    along = context.settings["axis"]
-    ends = np.cumsum(context.settings["sizes"])
-    pieces = [part(operand[along], slice(end - n, end)) for n, end in zip(context.settings["sizes"], ends, strict=True)]
-    return [(*operand[:along], piece, *operand[along + 1 :]) for piece in pieces]
-
-
-def pad(context: Context, operand: Axes, value: Axes) -> list[Axes]:
-    """Padding at the ends takes new ids, so that padded channels can go where the channels they meet go."""
-    del value
-    is_zero = context.literal(1) is not None and context.literal(1) == 0
-    out = []
-    for axis, (low, high, inner), size in zip(operand, context.settings["padding_config"], context.shape, strict=True):
-        if (low, high, inner) == (0, 0, 0):
-            out.append(Axis(axis.id, axis.zero & is_zero))
-        elif min(low, high) < 0 or inner or (axis.id == FROZEN).all():
-            context.graph.freeze(axis)
-            out.append(fixed(size))
-        else:
-            parts = [context.graph.fresh(low, is_zero), axis, context.graph.fresh(high, is_zero)]
-            out.append(Axis(np.concatenate([a.id for a in parts]), np.concatenate([a.zero for a in parts])))
-    return [tuple(out)]
-
-
 def _contract(graph: Graph, a: Axis, b: Axis) -> None:
     """A sum over the products of two axes: an index may go where either factor is zero once masked."""
     graph.join(a.id, b.id)
@@ -189,16 +70,25 @@ def dot_general(context: Context, left: Axes, right: Axes) -> list[Axes]:
 
 
 def convolution(context: Context, image: Axes, kernel: Axes) -> list[Axes]:
-    """Input channels pair with the kernel's, output channels are the kernel's; whole groups stay together."""
+    """Input channels pair with the kernel's, output channels are the kernel's.
+
+    Of several groups, whole groups go, each with its inputs and outputs; or else, in all such convolutions of the
+    model, every group loses the same of its inputs, and the same of its outputs.
+    """
     settings, graph = context.settings, context.graph
     if settings["batch_group_count"] != 1:
         return opaque(context, image, kernel)
     (batch, channel, *space), (out, into, *window), spec = settings["dimension_numbers"]
     for axis in [image[i] for i in space] + [kernel[i] for i in window]:
         graph.freeze(axis)
-    groups = settings["feature_group_count"]
+    groups, size = settings["feature_group_count"], len(kernel[into].id)
     if groups == 1:
         _contract(graph, image[channel], kernel[into])
+        made = kernel[out]
+    elif size > 1 and graph.choose("groups", 2, image[channel]):
+        _contract(graph, image[channel], tiled(kernel[into], groups))
+        rows = kernel[out].id.reshape(groups, -1)
+        graph.join(rows, rows[:1])
         made = kernel[out]
     else:
         graph.freeze(kernel[into])
@@ -247,17 +137,6 @@ def cumulative(context: Context, operand: Axes) -> list[Axes]:
     return [tuple(fixed(len(a.id)) if i == along else a for i, a in enumerate(operand))]
 
 
-def rev(context: Context, operand: Axes) -> list[Axes]:
-    """Reversed axes."""
-    turned = context.settings["dimensions"]
-    return [tuple(part(a, slice(None, None, -1)) if i in turned else a for i, a in enumerate(operand))]
-
-
-def iota(context: Context) -> list[Axes]:
-    """Counting: like a captured array, it can be cut anywhere."""
-    return [tuple(context.graph.fresh(n) for n in context.shape)]
-
-
 # fmt: off
 _KEEP_ZERO = frozenset((
     "abs", "add", "add_any", "asin", "asinh", "atan", "atanh", "cbrt", "ceil", "clamp", "convert_element_type", "copy",
@@ -276,23 +155,25 @@ _CUMULATIVE = ("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp")
 
 RULES: dict[str, Rule] = {
     **dict.fromkeys(_ELEMENTWISE, elementwise),
-    "broadcast_in_dim": broadcast_in_dim,
-    "reshape": reshape,
-    "transpose": transpose,
-    "squeeze": squeeze,
-    "concatenate": concatenate,
-    "stack": stack,
-    "unstack": unstack,
-    "tile": tile,
-    "slice": slice_,
-    "split": split,
-    "pad": pad,
+    "broadcast_in_dim": moves.broadcast_in_dim,
+    "reshape": moves.reshape,
+    "transpose": moves.transpose,
+    "squeeze": moves.squeeze,
+    "concatenate": moves.concatenate,
+    "stack": moves.stack,
+    "unstack": moves.unstack,
+    "tile": moves.tile,
+    "slice": moves.slice_,
+    "gather": moves.gather,
+    "dynamic_slice": moves.dynamic_slice,
+    "split": moves.split,
+    "pad": moves.pad,
     "dot_general": dot_general,
     "conv_general_dilated": convolution,
     "reduce_sum": reduce_sum,
     **dict.fromkeys(_ACROSS, reduce_across),
     **dict.fromkeys(_WINDOWS, reduce_window),
     **dict.fromkeys(_CUMULATIVE, cumulative),
-    "rev": rev,
-    "iota": iota,
+    "rev": moves.rev,
+    "iota": moves.iota,
 }

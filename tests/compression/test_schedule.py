@@ -1,6 +1,6 @@
 import pytest
 
-from fedrobust.compression import cubic_sparsity
+from fedrobust.compression import cubic_sparsity, one_shot_sparsity
 
 
 def test_sparsity_follows_the_cubic_at_hand_computed_steps():
@@ -32,3 +32,15 @@ def test_sparsity_never_falls_and_holds_between_changes():
 def test_settings_out_of_range_are_named_in_one_line(setting, name):
     with pytest.raises(ValueError, match=rf"^{name} is .*must be .*$"):
         cubic_sparsity(**{"begin": 0, "end": 10, **setting})
+
+
+def test_one_shot_jumps_once():
+    sparsity = one_shot_sparsity(final=0.75, begin=4)
+    assert [sparsity(step) for step in (0, 3, 4, 5, 1000)] == [0.0, 0.0, 0.75, 0.75, 0.75]
+    assert one_shot_sparsity(final=0.5, begin=0)(0) == 0.5
+
+
+@pytest.mark.parametrize(("setting", "name"), [({"final": 1.0}, "final"), ({"begin": -1}, "begin")])
+def test_a_one_shot_out_of_range_is_named_in_one_line(setting, name):
+    with pytest.raises(ValueError, match=rf"^{name} is .*must be .*$"):
+        one_shot_sparsity(**{"final": 0.5, "begin": 0, **setting})

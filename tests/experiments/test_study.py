@@ -84,7 +84,7 @@ def contents(path):
 
 def timeless(row):
     """A row without what a clock had a say in."""
-    size = {name: value for name, value in row["size"].items() if not name.startswith("latency_ms")}
+    size = {name: value for name, value in row["size"].items() if not name.startswith("latency")}
     return {**row, "size": size, "train_seconds": None}
 
 
@@ -178,7 +178,9 @@ def check_rows(rows):
             assert 0 <= row["clean"][figure] <= 1
         assert all(math.isfinite(loss) for loss in row["history"]["loss"])
         assert row["train_seconds"] > 0
-        assert row["size"]["latency_ms"] > 0
+        assert 0 < row["size"]["latency_ms"] <= row["size"]["latency_p95_ms"]
+        assert 0 < row["size"]["latency_1_ms"] <= row["size"]["latency_1_p95_ms"]
+        assert row["size"]["peak_bytes"] > 4 * row["size"]["parameters"]
     plain, private = rows
     assert plain["privacy"] is None
     assert plain["masked_minus_shrunk"] is None

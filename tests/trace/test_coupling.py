@@ -91,6 +91,42 @@ def test_groups_of_a_convolution_stand_or_fall_whole():
     assert got["a"][3] == [1, 1, 2, 2] and got["c"][0] == [1, 1, 1, 2, 2, 2]
 
 
+def test_groups_whose_channels_are_shuffled_lose_the_same_of_each():
+    def apply(p, x):
+        y = ops.conv(ops.conv(x, p["a"]), p["b"], groups=2)
+        y = y.reshape(*y.shape[:-1], 2, 4).swapaxes(-1, -2).reshape(y.shape)
+        return ops.conv(y, p["c"], groups=2).mean((1, 2)) @ p["d"]
+
+    shapes = {"a": (1, 1, 1, 4), "b": (1, 1, 2, 8), "c": (1, 1, 4, 4), "d": (4, 2)}
+    got, unknown = labels(apply, shapes, (1, 2, 2, 1))
+    assert unknown == ()
+    assert got["a"][3] == [1, 2, 1, 2] and got["b"][2] == [1, 2]
+    # Channels 0 to 3 of each group, shuffled: 0 0 1 1 | 2 2 3 3, and what stands at one place of both groups is tied.
+    assert got["b"][3] == [3, 4, 3, 4, 3, 4, 3, 4] and got["c"][2] == [3, 3, 4, 4]
+    assert got["c"][3] == got["d"][0] == [5, 6, 5, 6]
+
+
+@pytest.mark.parametrize("order", ["3hd", "h3d", "hd3"])
+def test_a_head_is_a_unit_of_the_product_that_makes_queries_keys_and_values(order):
+    num_heads, depth = 2, 3
+    sizes = {"3": 3, "h": num_heads, "d": depth}
+
+    def apply(p, x):
+        y = x.reshape(x.shape[0], -1, x.shape[-1]) @ p["qkv"] + p["bias"]
+        y = y.reshape(*y.shape[:-1], *(sizes[letter] for letter in order))
+        q, k, v = (jnp.take(y, jnp.array(i), axis=2 + order.index("3")) for i in range(3))
+        y = jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", q, k)), v)
+        return (y.reshape(*y.shape[:2], -1) @ p["out"]).mean(1)
+
+    shapes = {"qkv": (1, 18), "bias": (18,), "out": (6, 2)}
+    got, unknown = labels(apply, shapes, (1, 2, 2, 1))
+    assert unknown == ()
+    head = np.arange(num_heads).reshape([-1 if letter == "h" else 1 for letter in order]) + 1
+    expected = np.broadcast_to(head, [sizes[letter] for letter in order]).ravel().tolist()
+    assert got["qkv"][1] == got["bias"][0] == expected
+    assert got["out"][0] == [1, 1, 1, 2, 2, 2]
+
+
 def head(middle):
     return lambda p, x: middle(x.mean((1, 2)) @ p["a"]) @ p["c"]
 
@@ -109,6 +145,9 @@ WIDTHS = {"a": (1, 4), "c": (4, 2)}
         (jax.nn.softmax, False),
         (lambda y: jnp.cumsum(y, -1), False),
         (lambda y: y[:, ::-1], True),
+        (lambda y: jnp.take(y, jnp.array([2, 0, 3, 1]), axis=1), False),  # which entries are read is known at run time
+        (lambda y: jnp.take(jnp.stack([y, y * y], 1), jnp.array([1, 0]), axis=1)[:, 0], True),
+        (lambda y: lax.dynamic_slice(y, (jnp.int32(y[0, 0] > 0), 0), y.shape), True),
         (lambda y: jnp.stack([y, 2 * y], -1).sum(-1), True),
         (lambda y: jnp.tile(y, (1, 2))[:, 4:] + y, True),
         (lambda y: jnp.stack(jnp.unstack(y, axis=1), -1), False),

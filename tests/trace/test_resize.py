@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 
 from fedrobust import trace
 
@@ -32,6 +33,23 @@ def test_keeping_all_changes_nothing():
     image = jax.random.normal(jax.random.key(0), (2, 2, 2, 2))
     keep = [[np.ones(n, bool) for n in x.shape] for x in jax.tree.leaves(PARAMS)]
     np.testing.assert_array_equal(trace.resize(mlp, PARAMS, keep)(PARAMS, image), mlp(PARAMS, image))
+
+
+@pytest.mark.parametrize(
+    "middle",
+    [
+        lambda y: jnp.take(jnp.stack([y, y * y], 1), jnp.array([1, 1, 0]), axis=1)[:, 1],
+        lambda y: lax.dynamic_index_in_dim(jnp.stack([y, y * y], 1), jnp.int32(y[0, 0] > 0), 1, keepdims=False),
+        lambda y: jnp.tile(y[:, None, :], (1, 3, 1)).sum(1) + jnp.tile(y.sum(1, keepdims=True), (1, y.shape[1])),
+    ],
+    ids=["gather", "dynamic_slice", "tile"],
+)
+def test_operations_that_name_sizes_are_resized(middle):
+    def apply(p, x):
+        return middle(jnp.tanh(x.mean((1, 2)) @ p["a"] + p["b"])) @ p["c"]
+
+    image = jax.random.normal(jax.random.key(0), (2, 2, 2, 2))
+    np.testing.assert_allclose(trace.resize(apply, PARAMS, KEEP)(SMALL, image), apply(PARAMS, image), rtol=1e-5)
 
 
 def test_part_of_a_unit_cannot_go():

@@ -1,0 +1,127 @@
+"""The ways to say updates, one after the other, resumable, and what they leave behind."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from experiments.codecs.settings import WAYS, Codecs
+from experiments.codecs.training import train
+from experiments.combinations.account import Account, charge_label_counts, note_look, open_account, spent
+from experiments.combinations.federation import Hospitals, build_model, hospitals, make_plan, make_recipe
+from experiments.combinations.row import provenance
+from experiments.combinations.study import config_of, require_same
+from experiments.combinations.training import BATCH_SIZE, Progress
+from experiments.display import Display
+from experiments.files import write_text
+from fedrobust import evaluation, privacy, reporting
+
+
+def run(codecs: Codecs, console: Console) -> Path:
+    """Trains what is missing, then writes the table and the figure.
+
+    Args:
+        codecs: the settings.
+        console: where progress and the table are shown.
+
+    Returns:
+        The folder that holds `rows.jsonl`, `ledger.jsonl` of its private rows, `table.md`, `table.tex` and
+        `accuracy_against_uplink.png`.
+
+    Raises:
+        ValueError: bad settings or data, or a folder that holds rows of another configuration. Nothing is written.
+    """
+    out = Path(codecs.out or f"results/codecs-{Path(codecs.dataset).stem}-{codecs.scale}")
+    config = config_of(codecs.study())
+    require_same(out, config)
+    sites = {seed: hospitals(codecs.study(), seed) for seed in codecs.seeds}
+    wanted = [(seed, name) for seed in codecs.seeds for name in codecs.ways]
+    plans = {case: plan_of(codecs, case[1], sites[case[0]]) for case in wanted}  # an error before anything is written
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / "config.json", json.dumps(config, indent=2) + "\n")
+    done = {(row["seed"], row["way"]["name"]) for row in reporting.read(out / "rows.jsonl")}
+    todo = [case for case in wanted if case not in done]
+    with Display(console, len(wanted), len(wanted) - len(todo)) as display:
+        for seed, name in todo:
+            progress = display.row(f"{name}, seed {seed}")("training")
+            row = make_row(codecs, config, name, seed, plans[seed, name], sites[seed], out, progress)
+            reporting.append(out / "rows.jsonl", row, fields=reporting.UPLINK_FIELDS)
+            display.advance()
+    report(out, console)
+    return out
+
+
+def report(out: Path, console: Console) -> None:
+    """Shows the table of a folder's rows and writes it, with the figure, beside them."""
+    rows = reporting.read(out / "rows.jsonl")
+    table = reporting.uplink_table(rows)
+    console.print(reporting.screen(table, num_labels=1))
+    write_text(out / "table.md", reporting.markdown(table, num_labels=1))
+    write_text(out / "table.tex", reporting.latex(table, num_labels=1))
+    reporting.accuracy_against_uplink(rows, out / "accuracy_against_uplink.png")
+    console.print(f"\nrows.jsonl, table.md, table.tex and accuracy_against_uplink.png: {out}")
+
+
+def plan_of(codecs: Codecs, name: str, site: Hospitals) -> privacy.Plan | None:
+    """The plan of every silo for a way; None without privacy."""
+    return make_plan(codecs.study(), site) if WAYS[name].private else None
+
+
+def make_row(
+    codecs: Codecs,
+    config: dict[str, Any],
+    name: str,
+    seed: int,
+    plan: privacy.Plan | None,
+    site: Hospitals,
+    out: Path,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Trains and measures one way with one seed.
+
+    Args:
+        codecs: the settings.
+        config: what goes into the row and its hash.
+        name: of the way.
+        seed: of everything random.
+        plan: of every silo; None without privacy.
+        site: the data.
+        out: looks at private data go into its `ledger.jsonl`.
+        progress: told of every round.
+
+    Returns:
+        A complete row, see `reporting.UPLINK_FIELDS`.
+    """
+    study, way, splits = codecs.study(), WAYS[name], site.splits
+    account = None if plan is None else _opened(codecs, config, f"{name}, seed {seed}", plan, out)
+    recipe = make_recipe(study, seed, site, plan=plan, at=False)
+    model = build_model(study, splits.train.image.shape[1:], splits.train.num_classes)
+    coded = train(recipe, way, site, seed, model, account, progress)
+    figures = {}
+    for title, split in (("val", splits.val), ("clean", splits.test)):
+        logits = evaluation.predict(model.apply, coded.params, split.image, BATCH_SIZE)
+        figures[title] = evaluation.metrics(logits, split.label)._asdict()
+    guarantee = None if account is None or plan is None else dataclasses.asdict(plan) | {"epsilon": spent(account)}
+    return {
+        "experiment": study.experiment,
+        "way": {"name": name, **dataclasses.asdict(way)},
+        "seed": seed,
+        "config": config,
+        "config_hash": reporting.config_hash(config),
+        **figures,
+        "bytes": {"dense": coded.dense, "uplink": coded.uplink, "downlink": coded.downlink},
+        "privacy": guarantee,
+        "history": dict(zip(("round", "loss", "val_accuracy"), coded.history.T.tolist(), strict=True)),
+        "train_seconds": coded.seconds,
+        **provenance(),
+    }
+
+
+def _opened(codecs: Codecs, config: dict[str, Any], training: str, plan: privacy.Plan, out: Path) -> Account:
+    """The account of a private way, with what precedes its training charged to it."""
+    account = open_account(codecs.study(), reporting.config_hash(config), training, plan, out)
+    note_look(account, "tuning")  # presets were chosen on a validation split
+    charge_label_counts(account)
+    return account
