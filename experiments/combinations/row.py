@@ -8,7 +8,7 @@ import platform
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,26 +16,18 @@ import numpy as np
 
 from experiments import parallel
 from experiments.combinations.account import Account, charge_label_counts, note_look, open_account, spent
-from experiments.combinations.federation import RULES, Apply, Hospitals, build_model, make_plan, make_recipe
-from experiments.combinations.pruning import require_equal
+from experiments.combinations.federation import RULES, Hospitals, build_model, make_plan, make_recipe
+from experiments.combinations.serving import Final, as_served, finish, runnable
 from experiments.combinations.settings import Attack as AttackSettings
 from experiments.combinations.settings import Study
 from experiments.combinations.training import BATCH_SIZE, Job, Progress, Trained, train
 from experiments.parallel import Check
-from fedrobust import attacks, compression, evaluation, keys, privacy, reporting
-from fedrobust.types import Dataset, Key, Model, Params, Run, Search
+from fedrobust import attacks, compression, evaluation, keys, privacy, reporting, trees
+from fedrobust.types import Dataset, Key, Model, Run, Search
 
 PACKAGES = ("fedrobust", "jax", "jaxlib", "flax", "dm-haiku", "optax", "dp-accounting", "numpy")
 LATENCY_BATCH = 64
 NUM_SLOTS = 64
-
-
-class Final(NamedTuple):
-    """The model that is served. Attributes: apply, params (dequantized where it is int8), bytes of its file."""
-
-    apply: Apply
-    params: Params
-    bytes: int
 
 
 def make_row(
@@ -86,7 +78,9 @@ def make_row(
     guarantee = None
     if plan is not None:  # what was spent, in the ledger's words; the plan only foresaw it
         guarantee = dataclasses.asdict(plan) | {"epsilon": spent(accounts["training"]), "noise": study.dp.noise}
-    final = finish(model, trained, path, guarantee, test.image[:BATCH_SIZE])
+    _note_ranges(study, combination, accounts)
+    served = as_served(trained, study.mc, site.splits.val.image[:BATCH_SIZE])
+    final = finish(model, trained, served, path, guarantee, test.image[:BATCH_SIZE])
     clean = evaluation.metrics(evaluation.predict(final.apply, final.params, test.image, BATCH_SIZE), test.label)
     robust, checks = robustness(study.attack, final, test, keys.stream(keys.root(seed), "evaluate"))
     row = {
@@ -131,30 +125,19 @@ def _accounts(
     return accounts
 
 
+def _note_ranges(study: Study, combination: reporting.Combination, accounts: dict[str, Account]) -> None:
+    """Before the ranges of a row's models are measured on the validation split."""
+    if combination.mc and study.mc.activations == "int8":
+        for account in accounts.values():
+            note_look(account, "activation ranges")
+
+
 def provenance() -> dict[str, Any]:
     """What a row was made with: `versions` and `device`."""
     return {
         "versions": {package: version(package) for package in PACKAGES} | {"python": platform.python_version()},
         "device": f"{jax.devices()[0].device_kind} ({platform.machine()}, {os.cpu_count()} cores)",
     }
-
-
-def finish(model: Model, trained: Trained, path: Path, guarantee: dict[str, Any] | None, image: np.ndarray) -> Final:
-    """Writes the model's file, int8 where it was pruned, and reads back what everything is measured on.
-
-    Raises:
-        RuntimeError: the model that runs from the file and the one measured differ in their logits on `image`.
-    """
-    params = trained.params if trained.masks is None else compression.quantize(trained.params)
-    size = compression.save(
-        path, params, channels=trained.channels, masks=trained.masks, guarantee={"privacy": guarantee}
-    )
-    full = jax.eval_shape(model.init, jax.random.key(0), image[:1])
-    file_params, file_apply = compression.load(path, model.apply, full, image[:1])
-    # One function for all models of a shape shares what is compiled for it; the file's own must agree with it.
-    served, measured = jax.jit(file_apply)(file_params, image), jax.jit(trained.apply)(file_params, image)
-    require_equal(served, measured, str(path))
-    return Final(trained.apply, file_params, size)
 
 
 def robustness(settings: AttackSettings, final: Final, test: Dataset, key: Key) -> tuple[dict[str, Any], list[Any]]:
@@ -220,7 +203,8 @@ def _poisoned(study: Study, site: Hospitals, trained: Sequence[Trained]) -> dict
     }
     test = site.splits.test
     for name, model in zip(("mean", study.poison.rule), trained, strict=True):
-        logits = evaluation.predict(model.apply, _as_served(model), test.image, BATCH_SIZE)
+        apply, params = runnable(model.apply, as_served(model, study.mc, site.splits.val.image[:BATCH_SIZE]))
+        logits = evaluation.predict(apply, params, test.image, BATCH_SIZE)
         found = evaluation.metrics(logits, test.label)
         entry[name] = {"accuracy": found.accuracy, "balanced_accuracy": found.balanced_accuracy}
     return entry
@@ -236,13 +220,6 @@ def _checked(check: Check, progress: Progress) -> Progress:
     return report
 
 
-def _as_served(trained: Trained) -> Params:
-    """The parameters a model is served with: through int8 and back where it was pruned."""
-    if trained.masks is None:
-        return trained.params
-    return compression.dequantize(compression.quantize(trained.params))
-
-
 def _size(model: Model, final: Final, image_shape: tuple[int, int, int], folder: Path) -> dict[str, float]:
     """What the model costs, and over the dense float32 one, both measured in the same run."""
     example = jnp.zeros((1, *image_shape))
@@ -250,6 +227,8 @@ def _size(model: Model, final: Final, image_shape: tuple[int, int, int], folder:
     path = folder / "dense.safetensors"
     models = (final.apply, final.params, final.bytes), (model.apply, dense, compression.save(path, dense, guarantee={}))
     measured = evaluation.costs(*models, image_shape=image_shape, batch_sizes=(1, LATENCY_BATCH))
+    if isinstance(final.params, compression.Quantized):  # scales and zero points are none
+        measured[0] = measured[0]._replace(parameters=trees.size(final.params.value))
     this, other = map(_figures, measured)
     return this | {f"{name}_ratio": this[name] / other[name] for name in this}
 

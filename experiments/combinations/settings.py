@@ -78,7 +78,7 @@ class AT:
 
 @dataclass(frozen=True)
 class MC:
-    """Model compression: structured pruning during training, then int8 weights."""
+    """Model compression: structured pruning during training, then weights in few bits, and activations on request."""
 
     sparsity: float = 0.625
     """Share of the channels of every layer that is removed, in [0, 1)."""
@@ -88,6 +88,13 @@ class MC:
     """Pruning is complete, and the model physically smaller, after this share."""
     num_events: int = 4
     """Times the masks are renewed in between (cubic schedule)."""
+    bits: Literal[8, 4] = 8
+    """Of the served weights."""
+    activations: Literal["float", "int8"] = "float"
+    """What the served model computes in; int8: ranges are measured on the val split, attacks see a straight-through
+    slope."""
+    aware_share: float = 0.0
+    """The last share of the rounds, in which weights are trained as they are served; at most 1 - mc.end."""
 
 
 @dataclass(frozen=True)
@@ -227,13 +234,7 @@ class Study:
         check.non_negative("--at.eps", self.at.eps)
         check.fraction("--at.clean-share", self.at.clean_share)
         check.fraction("--at.warmup", self.at.warmup)
-        check.fraction("--mc.sparsity", self.mc.sparsity, one=False)
-        check.require(
-            0 <= self.mc.begin < self.mc.end < 1,
-            "--mc.begin",
-            self.mc.begin,
-            f"in [0, --mc.end = {self.mc.end}), that < 1",
-        )
+        self._check_compression()
         check.require(
             0 <= self.poison.malicious_share < 0.5,
             "--poison.malicious-share",
@@ -253,6 +254,23 @@ class Study:
             f"in (--mc.end = {self.mc.end}, 1]",
         )
         self._check_attack()
+
+    def _check_compression(self) -> None:
+        check.fraction("--mc.sparsity", self.mc.sparsity, one=False)
+        check.require(
+            0 <= self.mc.begin < self.mc.end < 1,
+            "--mc.begin",
+            self.mc.begin,
+            f"in [0, --mc.end = {self.mc.end}), that < 1",
+        )
+        check.one_of("--mc.bits", self.mc.bits, (8, 4))
+        check.one_of("--mc.activations", self.mc.activations, ("float", "int8"))
+        check.require(
+            0 <= self.mc.aware_share <= 1 - self.mc.end,
+            "--mc.aware-share",
+            self.mc.aware_share,
+            f"in [0, 1 - --mc.end = {1 - self.mc.end:g}]",
+        )
 
     def _check_attack(self) -> None:
         check.require(len(self.attack.eps) > 0, "--attack.eps", self.attack.eps, "at least one radius")

@@ -118,8 +118,18 @@ def train(job: Job, model: Model, progress: Progress) -> Trained:
         apply, small_state, difference = pruning.shrink(model, channels, dense.state, image)
     small = federation(job.recipe, apply)
     start = dense._replace(state=small_state)
-    done = _run_stage(job, "small", small, apply, start, None, job.num_rounds, key, progress)
+    last = max(end, job.recipe.num_rounds - round(job.recipe.study.mc.aware_share * job.recipe.num_rounds))
+    done = _run_stage(job, "small", small, apply, start, None, min(last, job.num_rounds), key, progress)
+    if last < job.num_rounds:
+        aware = _aware(apply, job.recipe.study.mc.bits)
+        done = _run_stage(job, "aware", federation(job.recipe, aware), aware, done, None, job.num_rounds, key, progress)
     return _trained(job, apply, done, channels, dense.state.mask, difference)
+
+
+@threads.cached(maxsize=16)  # one function for all models of a shape shares what is compiled for it
+def _aware(apply: Apply, bits: int) -> Apply:
+    """The model with its weights as they will be served, and a slope."""
+    return lambda params, image: apply(compression.fake_quantize(params, bits=bits), image)
 
 
 def _trained(
@@ -141,15 +151,17 @@ def _trained(
 def calibrated(job: Job, apply: Apply, params: Params) -> Params:
     """The same model with the bias of its last layer shifted to the best balanced accuracy on val.
 
-    Where training is adversarial the shift weighs clean images and those under the training attack alike.
+    Where training is adversarial the shift weighs clean images and those under the training attack alike. Four bits
+    move the margins: it is the model with rounded weights that is asked.
     """
-    val = job.site.splits.val
+    val, bits = job.site.splits.val, job.recipe.study.mc.bits
+    rounded = compression.fake_quantize(params, bits=bits) if job.compress and bits < 8 else params
     images = [val.image]
     if job.recipe.at:
         key = keys.stream(keys.root(job.seed), "calibrate")
         with threads.COMPILING:
-            images.append(_attacked(apply, job.recipe.study.at, params, key, val.image, val.label))
-    logits = [evaluation.predict(apply, params, image, BATCH_SIZE) for image in images]
+            images.append(_attacked(apply, job.recipe.study.at, rounded, key, val.image, val.label))
+    logits = [evaluation.predict(apply, rounded, image, BATCH_SIZE) for image in images]
     margins = [x[:, 1] - x[:, 0] for x in logits]
     if not np.isfinite(margins).all():
         return params  # diverged: nothing to mend

@@ -3,14 +3,17 @@
 import json
 import math
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors
 
 from experiments.combinations import study as study_module
+from experiments.combinations.federation import build_model
 from experiments.display import Display
-from experiments.run import main
-from fedrobust import privacy, reporting
+from experiments.run import main, parse
+from fedrobust import compression, data, evaluation, privacy, reporting
 from fedrobust.models import SPECS
 from fedrobust.models.spec import Conv, Dense, GlobalPool, Norm, Relu
 
@@ -127,6 +130,35 @@ def test_a_study_killed_twice_and_resumed_leaves_what_an_unbroken_one_leaves(wat
     assert (broken / "out" / "rows.jsonl").read_bytes() == before
 
 
+INTEGERS = (
+    "--combinations mc --mc.bits 4 --mc.activations int8 --mc.aware-share 0.4 --train.num-rounds 5 "
+    "--poison.malicious-share 0"
+)
+
+
+def test_a_study_in_four_bits_is_measured_on_the_integers_in_its_file(watched, tmp_path):
+    command = COMMAND.replace("--combinations plain dp+at+mc", INTEGERS).replace("--train.num-rounds 3 ", "")
+    watched(tmp_path / "whole", command=command)
+    watched(tmp_path / "broken", kill_at=("mc", "training", 5), command=command)  # while it learns to be rounded
+    assert watched(tmp_path / "broken", command=command)[0] == ("mc", "training", 5)
+    (row,), (again,) = (reporting.read(tmp_path / folder / "out" / "rows.jsonl") for folder in ("whole", "broken"))
+    assert timeless(row) == timeless(again)
+    outcome = {check["check"]: check["outcome"] for check in row["checks"]}
+    assert outcome["gradient_path_is_whole"] == outcome["samples_inside_ball"] == "passed"
+
+    study = parse(command.split())
+    test = data.load("digits").test
+    model = build_model(study, test.image.shape[1:], 10)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), test.image[:1])
+    path = tmp_path / "whole" / "out" / "models" / "mc-seed0.safetensors"
+    found = compression.stored(path, model.apply, shapes, test.image[:1])
+    assert {x.dtype for x in jax.tree.leaves(found.params.value)} == {jnp.dtype("int4"), jnp.dtype("float16")}
+    assert len(found.ranges) == 2
+    params, apply = compression.load(path, model.apply, shapes, test.image[:1])
+    clean = evaluation.metrics(evaluation.predict(apply, params, test.image, 256), test.label)
+    assert row["clean"] == clean._asdict()
+
+
 def check_rows(rows):
     """All fields, and the figures that can be known beforehand."""
     assert [row["combination"] for row in rows] == [
@@ -216,7 +248,6 @@ def test_a_folder_is_refused_to_the_same_study_with_another_setting(tmp_path, mo
 
 def test_silos_share_out_the_training_split_and_nothing_else():
     from experiments.combinations.federation import hospitals
-    from experiments.run import parse
 
     site = hospitals(parse(["quickstart"]), seed=0)
     assert len(site.parts) == 5
