@@ -292,7 +292,7 @@ def test_the_loss_of_scores_is_that_of_the_masked_model_and_removed_units_can_co
     scores = jax.random.normal(key, channels.group.shape)
     chosen = masks(channels, net.params, sparsity=0.5, score=scores)
     loss = losses.cross_entropy(net.apply)
-    of_scores = loss_of_scores(loss, net.apply, channels, net.params, ONE, sparsity=0.5)
+    of_scores = loss_of_scores(loss, net.apply, channels, net.params, sparsity=0.5)
     value, gradient = jax.jit(jax.value_and_grad(lambda s: of_scores(key, s, IMAGE, label).sum()))(scores)
     masked = jax.jit(loss)(key, trees.multiply(net.params, chosen), IMAGE, label)
     np.testing.assert_allclose(value, masked.sum(), rtol=1e-5)
