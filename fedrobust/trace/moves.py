@@ -113,13 +113,15 @@ def slice_(context: Context, operand: Axes) -> list[Axes]:
 def gather(context: Context, operand: Axes, index: Axes) -> list[Axes]:
     """An axis that is read whole at every index is what it was; one that is picked from stays as it is."""
     dims, sizes = context.settings["dimension_numbers"], context.settings["slice_sizes"]
+    keeps = context.settings["fill_value"] in (None, 0)  # None stands for NaN
     for axis in index:
         context.graph.freeze(axis)
     out = [fixed(n) for n in context.shape]
     gone = (*dims.collapsed_slice_dims, *dims.operand_batching_dims)
     kept = [i for i in range(len(operand)) if i not in gone]
     for i, target in zip(kept, dims.offset_dims, strict=True):
-        out[target] = _whole(context.graph, operand[i], sizes[i])
+        axis = _whole(context.graph, operand[i], sizes[i])
+        out[target] = axis._replace(zero=axis.zero & keeps)
     for i in gone:
         context.graph.freeze(operand[i])
     return [tuple(out)]

@@ -147,7 +147,8 @@ def cumulative(context: Context, operand: Axes) -> list[Axes]:
     """Looks across one axis."""
     along = context.settings["axis"]
     context.graph.freeze(operand[along])
-    return [tuple(fixed(len(a.id)) if i == along else a for i, a in enumerate(operand))]
+    rest = [a._replace(zero=a.zero & (context.equation.name != "cumlogsumexp")) for a in operand]
+    return [tuple(fixed(len(a.id)) if i == along else a for i, a in enumerate(rest))]
 
 
 # fmt: off
