@@ -92,6 +92,8 @@ class Codecs:
     """Channels of its first convolution."""
     norm_groups: int = 8
     """Groups of every GroupNorm."""
+    checkpoint_every: float = 30.0
+    """Seconds between checkpoints of a model in training."""
     train: Training = field(default_factory=Training)
     """Rounds without privacy."""
     dp: DP = field(default_factory=DP)
@@ -124,6 +126,7 @@ class Codecs:
             model=self.model,
             width=self.width,
             norm_groups=self.norm_groups,
+            checkpoint_every=self.checkpoint_every,
             train=self.train,
             dp=self.dp,
             poison=Poison(malicious_share=0.0),
