@@ -13,7 +13,7 @@ from fedrobust import reporting
 from fedrobust.models import SPECS
 from fedrobust.models.spec import Conv, Dense, GlobalPool, Relu
 
-NAMES = ("float32", "top-k, 4 bits, both ways", "DP, top-k, 4 bits")
+NAMES = ("float32", "top-k, 3 bits, both ways", "DP, top-k, 3 bits")
 SETTINGS = (
     "codecs --scale smoke --out out --width 4 --train.num-rounds 2 --train.num-steps 1 --train.batch-size 8 "
     "--dp.num-rounds 2 --dp.sampling-rate 0.05 --clients 3 --checkpoint-every 0"
