@@ -45,7 +45,7 @@ def as_served(trained: Trained, settings: MC, images: np.ndarray) -> Served:
     """
     if trained.masks is None:
         return Served(trained.params, None)
-    params = compression.quantize(trained.params, bits=settings.bits)
+    params = compression.quantize(trained.params, bits=settings.bits, symmetric=settings.symmetric)
     if settings.activations == "float":
         return Served(params, None)
     return Served(params, compression.calibrate(trained.apply, compression.dequantize(params), images))

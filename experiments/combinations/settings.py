@@ -96,6 +96,11 @@ class MC:
     aware_share: float = 0.0
     """The last share of the rounds, in which weights are trained as they are served; at most 1 - mc.end."""
 
+    @property
+    def symmetric(self) -> bool:
+        """Whether weights have no zero points: in 4 bits these save a fifth of the error for a byte a channel."""
+        return self.bits == 8
+
 
 @dataclass(frozen=True)
 class Poison:

@@ -121,15 +121,15 @@ def train(job: Job, model: Model, progress: Progress) -> Trained:
     last = max(end, job.recipe.num_rounds - round(job.recipe.study.mc.aware_share * job.recipe.num_rounds))
     done = _run_stage(job, "small", small, apply, start, None, min(last, job.num_rounds), key, progress)
     if last < job.num_rounds:
-        aware = _aware(apply, job.recipe.study.mc.bits)
+        aware = _aware(apply, job.recipe.study.mc.bits, job.recipe.study.mc.symmetric)
         done = _run_stage(job, "aware", federation(job.recipe, aware), aware, done, None, job.num_rounds, key, progress)
     return _trained(job, apply, done, channels, dense.state.mask, difference)
 
 
 @threads.cached(maxsize=16)  # one function for all models of a shape shares what is compiled for it
-def _aware(apply: Apply, bits: int) -> Apply:
+def _aware(apply: Apply, bits: int, symmetric: bool) -> Apply:
     """The model with its weights as they will be served, and a slope."""
-    return lambda params, image: apply(compression.fake_quantize(params, bits=bits), image)
+    return lambda params, image: apply(compression.fake_quantize(params, bits=bits, symmetric=symmetric), image)
 
 
 def _trained(
@@ -154,8 +154,10 @@ def calibrated(job: Job, apply: Apply, params: Params) -> Params:
     Where training is adversarial the shift weighs clean images and those under the training attack alike. Four bits
     move the margins: it is the model with rounded weights that is asked.
     """
-    val, bits = job.site.splits.val, job.recipe.study.mc.bits
-    rounded = compression.fake_quantize(params, bits=bits) if job.compress and bits < 8 else params
+    val, mc = job.site.splits.val, job.recipe.study.mc
+    rounded = params
+    if job.compress and mc.bits < 8:
+        rounded = compression.fake_quantize(params, bits=mc.bits, symmetric=mc.symmetric)
     images = [val.image]
     if job.recipe.at:
         key = keys.stream(keys.root(job.seed), "calibrate")
