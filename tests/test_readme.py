@@ -35,3 +35,19 @@ def test_auto_attack_and_the_verdict_run_on_any_model(capsys):
     assert names["todo"].tolist() == (margin > reach).tolist()
     assert 0 < names["todo"].mean() < 1
     assert capsys.readouterr().out.startswith(str(names["todo"].mean()))
+
+
+def test_a_model_gets_smaller_and_its_files_run(tmp_path, monkeypatch):
+    script = re.search(r"```python\n(from fedrobust import compression.*?)```", README, re.DOTALL).group(1)
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    params = {"hidden": rng.normal(size=(12, 8)), "head": rng.normal(size=(8, 2))}
+    params = {name: x.astype(np.float32) for name, x in params.items()}
+    apply = lambda p, x: jax.nn.relu(x.reshape(len(x), -1) @ p["hidden"]) @ p["head"]  # noqa: E731
+    names = {"model": Model(None, apply), "params": params, "image": rng.uniform(size=(3, 2, 3, 2)).astype(np.float32)}
+    exec(compile(script, "README.md", "exec"), names)
+    assert [names["small"][name].shape for name in ("hidden", "head")] == [(12, 2), (2, 2)]
+    loaded, run = names["compression"].load("model.safetensors", apply, params, names["image"])
+    np.testing.assert_allclose(
+        names["export"].load_onnx("model.onnx")(names["image"]), run(loaded, names["image"]), rtol=1e-4, atol=1e-5
+    )
