@@ -194,7 +194,7 @@ class Codec(NamedTuple):
         init: `params -> state`, what one sender remembers, such as what it has not said yet; () where nothing.
         encode: `(key, state, update) -> (code, state)`.
         decode: `code -> update`.
-        num_bits: `code -> [] int32`, equal to `8 * len(serialize(code))`.
+        num_bits: `code -> [] int32`, equal to `8 * len(serialize(code))`, of models below 2^26 numbers.
         shape: the code as a pytree of `jax.ShapeDtypeStruct`: its size never depends on values, its bytes do.
         serialize: `code -> bytes`, all that is sent.
         deserialize: `bytes -> code`, the same to the bit; ValueError for bytes that are not a code.

@@ -12,6 +12,7 @@ import pytest
 
 from fedrobust import models, trees
 from fedrobust.attacks import SEARCHES, UPDATE_ATTACKS, run
+from fedrobust.compression import SCORES, find_channels, kept_units, masks
 from fedrobust.compression.codecs import CODECS
 from fedrobust.data import PARTITIONS
 from fedrobust.defenses import AGGREGATORS
@@ -276,6 +277,26 @@ def test_a_backend_maps_a_pure_function_of_one_client_over_all(backend):
     assert shapes(first) == {"dot": ((NUM_CLIENTS, 2), jnp.float32), "twice": ((NUM_CLIENTS,), jnp.int32)}
     np.testing.assert_allclose(first["dot"], clients["x"].sum(axis=2), rtol=1e-5, atol=1e-6)
     assert first["twice"].tolist() == [0, 2, 4, 6, 8, 10]
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_a_score_ranks_every_unit_is_pure_and_follows_the_units_when_they_change_places(name):
+    def apply(p, x):
+        return jax.nn.relu(x.reshape(len(x), -1) @ p["a"] + p["b"]) @ p["c"]
+
+    rng, order = np.random.default_rng(2), np.array([3, 0, 4, 1, 2])
+    params = {"a": rng.normal(size=(4, 5)), "b": rng.normal(size=5), "c": rng.normal(size=(5, 3))}
+    channels = find_channels(apply, params, jnp.zeros((1, 2, 2, 1)))
+    first, again = (SCORES[name](channels, params, KEY) for _ in range(2))
+    assert (first.shape, first.dtype) == ((5,), np.float64)
+    assert np.isfinite(first).all()
+    assert bits(first) == bits(again)
+    keep = kept_units(channels, masks(channels, params, sparsity=0.4, score=name, key=KEY))
+    assert keep.sum() == 3
+    assert first[~keep].max() <= first[keep].min()
+    if name != "random":
+        moved = {"a": params["a"][:, order], "b": params["b"][order], "c": params["c"][order]}
+        np.testing.assert_allclose(SCORES[name](channels, moved, KEY), first[order], rtol=1e-9)
 
 
 SHAPE = (8, 8, 2)

@@ -8,7 +8,7 @@ Three rows each, none of which compares with somebody else:
   millionths. Parameters are drawn so that no bias is zero and no scale one.
 
 Command: python -m experiments.bench coupling.
-Cost: about a minute on 2 CPU cores.
+Cost: about two minutes on 2 CPU cores.
 """
 
 import sys

@@ -1,4 +1,4 @@
 """What small updates cost: accuracy against the bytes that a federation sends.
 
-Commands, cost and device: `presets.py`.
+Commands: `presets.py`.
 """

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ def run(codecs: Codecs, console: Console) -> Path:
             progress = display.row(f"{name}, seed {seed}")("training")
             row = make_row(codecs, config, name, seed, plans[seed, name], sites[seed], out, progress)
             reporting.append(out / "rows.jsonl", row, fields=reporting.UPLINK_FIELDS)
+            shutil.rmtree(out / "work")  # only now that the row is safe
             display.advance()
     report(out, console)
     return out
@@ -88,17 +90,19 @@ def make_row(
         seed: of everything random.
         plan: of every silo; None without privacy.
         site: the data.
-        out: looks at private data go into its `ledger.jsonl`.
+        out: checkpoints go below `work`, looks at private data into `ledger.jsonl`.
         progress: told of every round.
 
     Returns:
-        A complete row, see `reporting.UPLINK_FIELDS`.
+        A complete row, see `reporting.UPLINK_FIELDS`. Killed at any time and called again, it goes on from the last
+        checkpoint.
     """
     study, way, splits = codecs.study(), WAYS[name], site.splits
     account = None if plan is None else _opened(codecs, config, f"{name}, seed {seed}", plan, out)
     recipe = make_recipe(study, seed, site, plan=plan, at=False)
     model = build_model(study, splits.train.image.shape[1:], splits.train.num_classes)
-    coded = train(recipe, way, site, seed, model, account, progress)
+    folder = out / "work" / f"{list(WAYS).index(name)}-seed{seed}"
+    coded = train(recipe, way, site, seed, model, account, folder, progress)
     figures = {}
     for title, split in (("val", splits.val), ("clean", splits.test)):
         logits = evaluation.predict(model.apply, coded.params, split.image, BATCH_SIZE)

@@ -13,7 +13,7 @@ from experiments.combinations.account import Account, charged
 from experiments.combinations.federation import Hospitals, Recipe, client_update, cohorts, server_optimizer
 from experiments.combinations.training import BATCH_SIZE, HISTORY_POINTS, Job, Progress, calibrated
 from fedrobust import defenses, evaluation, federated, keys, threads, trees
-from fedrobust.types import Federated, Model, Params
+from fedrobust.types import Dataset, Federated, Model, Params
 
 
 class Coded(NamedTuple):
@@ -25,7 +25,7 @@ class Coded(NamedTuple):
         downlink: bytes that a client was sent in a round, mean over rounds.
         dense: bytes of the parameters as float32.
         history: [n, 3] float64: round, training loss, accuracy on val.
-        seconds: wall time spent in rounds.
+        seconds: wall time spent in rounds, over all runs it took.
     """
 
     params: Params
@@ -36,10 +36,26 @@ class Coded(NamedTuple):
     seconds: float
 
 
+class _Saved(NamedTuple):
+    """What a checkpoint holds."""
+
+    state: Any
+    history: np.ndarray  # [num_rounds, 3], NaN where nobody asked
+    sent: np.ndarray  # [num_rounds, 2], bytes up and down
+    seconds: np.ndarray  # []
+
+
 def train(
-    recipe: Recipe, way: Way, site: Hospitals, seed: int, model: Model, account: Account | None, progress: Progress
+    recipe: Recipe,
+    way: Way,
+    site: Hospitals,
+    seed: int,
+    model: Model,
+    account: Account | None,
+    folder: Path,
+    progress: Progress,
 ) -> Coded:
-    """Trains a model from its first round to its last.
+    """Trains a model, going on from its last checkpoint if there is one.
 
     Args:
         recipe: how.
@@ -48,31 +64,49 @@ def train(
         seed: of everything random.
         model: the architecture; pass one object for all seeds, so that they share compiled rounds.
         account: what looks at private data are charged to; None without privacy.
+        folder: where its checkpoints go.
         progress: told of every round.
     """
-    key = keys.stream(keys.root(seed), "train")
-    image_shape = site.splits.train.image.shape[1:]
+    image_shape, total = site.splits.train.image.shape[1:], recipe.num_rounds
     params = model.init(keys.stream(keys.root(seed), "init"), jnp.zeros((1, *image_shape)))
     algorithm = federation(recipe, way, model, image_shape)
-    draw = charged(account, recipe.num_rounds, cohorts(recipe, site, seed, ()))
-    every, history, sent = -(-recipe.num_rounds // HISTORY_POINTS), [], []
-    val, start = site.splits.val, time.perf_counter()
-    state: Any = None
-    for done, state, info in federated.rounds(algorithm, algorithm.init(params), draw, key, recipe.num_rounds):
-        uplink = np.sum(info.sent.uplink) / np.sum(np.asarray(info.sent.uplink) > 0)
-        sent.append((uplink / 8, info.sent.downlink / 8 if way.both else 4 * trees.size(params)))
+    empty = np.full((total, 3), np.nan), np.full((total, 2), np.nan), np.zeros(())
+    start = _Saved(algorithm.init(params), *empty)
+    found = federated.latest(folder, start)
+    saved = start if found is None else found[1]
+    draw = charged(account, total, cohorts(recipe, site, seed, ()))
+    key, every = keys.stream(keys.root(seed), "train"), -(-total // HISTORY_POINTS)
+    state, history, sent = saved.state, saved.history.copy(), saved.sent.copy()
+    began = last_saved = time.perf_counter()
+    for done, state, info in federated.rounds(algorithm, saved.state, draw, key, total):
+        sent[done - 1] = _sent(way, info.sent, trees.size(params))
         figures = {}
-        if done % every == 0 or done == recipe.num_rounds:
-            logits = evaluation.predict(model.apply, state.average, val.image, BATCH_SIZE)
-            accuracy = float(np.mean(evaluation.predicted_class(logits) == val.label))
-            figures = {"loss": float(np.mean(info.client.loss[:, -1])), "val accuracy": accuracy}
-            history.append((done, *figures.values()))
-        progress(done, recipe.num_rounds, figures)
-    seconds = time.perf_counter() - start
-    job = Job(recipe, site, seed, recipe.num_rounds, False, (), "mean", Path(), account)
-    params = calibrated(job, model.apply, state.average) if val.num_classes == 2 else state.average
-    up, down = np.mean(sent, axis=0)
-    return Coded(params, float(up), float(down), 4 * trees.size(params), np.asarray(history), seconds)
+        if done % every == 0 or done == total:
+            figures = _figures(model, state, info, site.splits.val)
+            history[done - 1] = (done, *figures.values())
+        progress(done, total, figures)
+        now = time.perf_counter()
+        if done == total or now - last_saved >= recipe.study.checkpoint_every:
+            federated.save(folder, done, _Saved(state, history, sent, np.asarray(saved.seconds + (now - began))))
+            last_saved = now
+    job = Job(recipe, site, seed, total, False, (), "mean", folder, account)
+    params = calibrated(job, model.apply, state.average) if site.splits.val.num_classes == 2 else state.average
+    seconds = float(saved.seconds) + time.perf_counter() - began
+    history = history[~np.isnan(history[:, 0])]
+    up, down = sent.mean(axis=0)
+    return Coded(params, float(up), float(down), 4 * trees.size(params), history, seconds)
+
+
+def _sent(way: Way, sent: federated.Sent, num_params: int) -> tuple[float, float]:
+    """Bytes from a client, mean over those present, and to a client."""
+    uplink = np.asarray(sent.uplink)
+    return uplink[uplink > 0].mean() / 8, float(sent.downlink) / 8 if way.both else 4.0 * num_params
+
+
+def _figures(model: Model, state: Any, info: federated.RoundInfo, val: Dataset) -> dict[str, float]:
+    logits = evaluation.predict(model.apply, state.average, val.image, BATCH_SIZE)
+    accuracy = float(np.mean(evaluation.predicted_class(logits) == val.label))
+    return {"loss": float(np.mean(info.client.loss[:, -1])), "val accuracy": accuracy}
 
 
 @threads.cached(maxsize=32)

@@ -5,7 +5,6 @@ gradient. What is learned goes to `masks(score=...)`.
 """
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,9 +41,7 @@ def initial_scores(channels: Channels, params: Params) -> jax.Array:
     return jnp.asarray(scores, jnp.float32)
 
 
-def loss_of_scores(
-    loss: Loss, apply: Apply, channels: Channels, params: Params, image: Any, *, sparsity: float
-) -> Loss:
+def loss_of_scores(loss: Loss, apply: Apply, channels: Channels, params: Params, *, sparsity: float) -> Loss:
     """The loss of the masked model as a function of the scores that choose the masks.
 
     Forwards the best units of every group stay and the others are zero, as `masks` would have it; backwards a score
@@ -56,7 +53,6 @@ def loss_of_scores(
         apply: the model that `channels` was read from.
         channels: its units.
         params: the weights, which stay as they are.
-        image: an example [1,H,W,C] or its `jax.ShapeDtypeStruct`; values do not matter.
         sparsity: in [0, 1), the share of units that goes, of each group.
 
     Returns:
@@ -75,7 +71,7 @@ def loss_of_scores(
     """
     check.fraction("sparsity", sparsity, one=False)
     require_like_params("params", params, channels)
-    places = gated_places(apply, channels, image)
+    places = gated_places(apply, channels)
 
     def of_scores(key: Key, scores: jax.Array, image: jax.Array, label: jax.Array) -> jax.Array:
         gates = scores + jax.lax.stop_gradient(_best(channels, scores, sparsity) - scores)
@@ -94,7 +90,7 @@ def _best(channels: Channels, scores: jax.Array, sparsity: float) -> jax.Array:
     return keep
 
 
-def gated_places(apply: Apply, channels: Channels, image: Any) -> list[list[bool]]:
+def gated_places(apply: Apply, channels: Channels) -> list[list[bool]]:
     """A smallest set of places where a factor of zero does what removing a unit does.
 
     Found by trying, with random parameters: place after place is left out as long as the logits stay. Vectors go first,
@@ -103,14 +99,13 @@ def gated_places(apply: Apply, channels: Channels, image: Any) -> list[list[bool
     Args:
         apply: the model that `channels` was read from.
         channels: its units.
-        image: an example [1,H,W,C] or its `jax.ShapeDtypeStruct`; values do not matter.
 
     Returns:
         For each leaf and each of its axes, whether factors stand there.
     """
     rng = np.random.default_rng(0)
     params = channels.structure.unflatten([_drawn(rng, shape) for shape in channels.shapes])
-    images = jnp.asarray(rng.uniform(size=(_NUM_IMAGES, *image.shape[1:])), jnp.float32)
+    images = jnp.asarray(rng.uniform(size=(_NUM_IMAGES, *channels.image.shape[1:])), channels.image.dtype)
     half = rng.random(len(channels.group)) < 0.5
     gates = jnp.asarray(np.stack([half, ~half]), jnp.float32)
     places = [[bool((axis >= 0).any()) for axis in axes] for axes in channels.unit]

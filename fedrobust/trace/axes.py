@@ -21,11 +21,18 @@ class Axis(NamedTuple):
         id: [n] int, the id of each index; 0 is never removed.
         zero: [n] bool, whether masking the id's unit makes this slice exactly zero (given that all values are finite).
         free: whether the axis only repeats one slice, so that nothing is lost when others decide about it.
+        uniform: whether all masked slices hold one value, which follows from the operands of the operation that made
+            the axis: a broadcast, or elementwise operations on such.
     """
 
     id: np.ndarray
     zero: np.ndarray
     free: bool = False
+    uniform: bool = False
+
+    def is_zero(self) -> bool:
+        """Whether every slice that can go at all is zero once masked."""
+        return bool((self.zero | (self.id == FROZEN)).all())
 
 
 Axes = tuple[Axis, ...]

@@ -3,7 +3,8 @@
 Every index of every axis of every value carries an id. An operation that lines two axes up draws edges between their
 ids (a residual sum; a convolution's input channels and its kernel's); one that looks across an axis, or that has no
 rule, ties the axis to id 0, which is never removed. The connected components are the units of pruning. The same rules
-tell which slices are exactly zero once their unit is masked: a sum over an axis may lose such entries, and only such.
+tell which slices are exactly zero once their unit is masked, or all hold one value that is still known without them: a
+sum over an axis may lose such entries, and only such.
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -14,7 +15,7 @@ import numpy as np
 
 from fedrobust.trace.axes import FROZEN, Axes, Axis, Context, Graph, Option, fixed, opaque
 from fedrobust.trace.program import Program, read
-from fedrobust.trace.rules import RULES
+from fedrobust.trace.rules import FOLLOWED, RULES
 from fedrobust.types import Params
 
 
@@ -133,6 +134,7 @@ def lay_out(graph: Graph, program: Program, inputs: Sequence[Axes]) -> Layout:
     for equation in program.equations:
         operands = [axes[i] for i in equation.inputs]
         if equation.rule is not None and equation.body is not None:
+            operands = _as_given(operands)
             body = lay_out(graph, equation.body, operands)
             rule = lay_out(graph, equation.rule, operands * 2)
             results = [body.axes[i] for i in equation.body.outputs]
@@ -143,9 +145,16 @@ def lay_out(graph: Graph, program: Program, inputs: Sequence[Axes]) -> Layout:
         else:
             context = Context(graph, equation, program.values, literals)
             results = RULES.get(equation.name, opaque)(context, *operands)
+        if equation.name not in FOLLOWED:
+            results = _as_given(results)
         for number, value in zip(equation.outputs, results, strict=True):
             axes[number] = value
     return Layout(tuple(axes), inner)
+
+
+def _as_given(values: Sequence[Axes]) -> list[Axes]:
+    """Without what is known of where the values come from."""
+    return [tuple(axis._replace(uniform=False) for axis in axes) for axes in values]
 
 
 def _parameter_axis(graph: Graph, size: int, is_used: bool) -> Axis:

@@ -22,10 +22,10 @@ from fedrobust.trace.axes import (
 def broadcast_in_dim(context: Context, operand: Axes) -> list[Axes]:
     """New axes, and axes of length 1 that grow, only repeat one slice: any part of them may go."""
     is_zero = context.literal(0) is not None and context.literal(0) == 0
-    out = [context.graph.fresh(n, zero=is_zero, free=True) for n in context.shape]
+    out = [context.graph.fresh(n, zero=is_zero, free=True)._replace(uniform=True) for n in context.shape]
     for axis, dimension in zip(operand, context.settings["broadcast_dimensions"], strict=True):
         if len(axis.id) == context.shape[dimension]:
-            out[dimension] = axis
+            out[dimension] = axis._replace(uniform=False)
         else:
             context.graph.freeze(axis)
     return [tuple(fixed(1) if len(a.id) == 1 and a.free else a for a in out)]
@@ -113,13 +113,15 @@ def slice_(context: Context, operand: Axes) -> list[Axes]:
 def gather(context: Context, operand: Axes, index: Axes) -> list[Axes]:
     """An axis that is read whole at every index is what it was; one that is picked from stays as it is."""
     dims, sizes = context.settings["dimension_numbers"], context.settings["slice_sizes"]
+    keeps = context.settings["fill_value"] in (None, 0)  # None stands for NaN
     for axis in index:
         context.graph.freeze(axis)
     out = [fixed(n) for n in context.shape]
     gone = (*dims.collapsed_slice_dims, *dims.operand_batching_dims)
     kept = [i for i in range(len(operand)) if i not in gone]
     for i, target in zip(kept, dims.offset_dims, strict=True):
-        out[target] = _whole(context.graph, operand[i], sizes[i])
+        axis = _whole(context.graph, operand[i], sizes[i])
+        out[target] = axis._replace(zero=axis.zero & keeps)
     for i in gone:
         context.graph.freeze(operand[i])
     return [tuple(out)]

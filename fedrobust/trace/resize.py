@@ -75,10 +75,13 @@ def _kept_ids(coupling: Coupling, keep: Keep) -> np.ndarray:
 
 
 def _run(program: Program, layout: Layout, kept: np.ndarray, inputs: Sequence[Any]) -> list[Any]:
+    seen: dict[int, Any] = {}
+
     def mask(number: int) -> list[np.ndarray]:
         return [kept[axis.id] for axis in layout.axes[number]]
 
     def emit(equation: Equation, *arrays: Any) -> list[Any]:
+        seen.update(zip(equation.inputs, arrays, strict=True))
         before = [mask(i) for i in equation.inputs]
         after = [mask(i) for i in equation.outputs]
         if all(m.all() for masks in (*before, *after) for m in masks):
@@ -88,10 +91,42 @@ def _run(program: Program, layout: Layout, kept: np.ndarray, inputs: Sequence[An
         if equation.name == "iota":
             return [_take(x, m) for x, m in zip(apply_equation(equation), after, strict=True)]
         changes = RESIZE.get(equation.name, lambda *_: {})(equation.settings, arrays, before, after)
-        return apply_equation(equation, *arrays, **changes)
+        results = apply_equation(equation, *arrays, **changes)
+        if equation.name == "reduce_sum":
+            return [results[0] + x for x in _lost(program, layout, equation, before[0], seen)] or results
+        return results
 
     constants = {n: _take(c, mask(n)) for n, c in program.constants.items()}
     return evaluate(program._replace(constants=constants), inputs, emit)
+
+
+def _lost(
+    program: Program, layout: Layout, equation: Equation, masks: Sequence[np.ndarray], seen: dict[int, Any]
+) -> list[jax.Array]:
+    """What a sum loses with the entries that hold one value and not zero: nothing, or one array."""
+    [operand] = equation.inputs
+    found = []
+    for i in equation.settings["axes"]:
+        if (~masks[i] & ~layout.axes[operand][i].zero).any():
+            [total] = apply_equation(equation, _slice_of_removed(program, layout, operand, i, seen))
+            found.append(total * int((~masks[i]).sum()))
+    return found
+
+
+def _slice_of_removed(program: Program, layout: Layout, number: int, axis: int, seen: dict[int, Any]) -> Any:
+    """What a removed index of an axis would hold, with length 1 along that axis; see `Axis.uniform`."""
+    if program.values[number].shape[axis] == 1:
+        return seen[number]
+    shape = tuple(1 if i == axis else n for i, n in enumerate(seen[number].shape))
+    if layout.axes[number][axis].is_zero():
+        return jnp.zeros(shape, seen[number].dtype)
+    [equation] = [e for e in program.equations if number in e.outputs]
+    if equation.name == "broadcast_in_dim":
+        return apply_equation(equation, seen[equation.inputs[0]], shape=shape)[0]
+    operands = [
+        _slice_of_removed(program, layout, i, axis, seen) if layout.axes[i] else seen[i] for i in equation.inputs
+    ]
+    return apply_equation(equation, *operands)[0]
 
 
 def _custom_jvp(equation: Equation, body: Layout, rule: Layout, kept: np.ndarray) -> Callable[..., list[Any]]:

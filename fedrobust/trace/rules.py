@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from fedrobust.trace import moves
-from fedrobust.trace.axes import Axes, Axis, Context, Graph, fixed, merge, opaque, tiled
+from fedrobust.trace.axes import FROZEN, Axes, Axis, Context, Graph, fixed, merge, opaque, tiled
 
 Rule = Callable[..., list[Axes]]
 
@@ -19,10 +19,17 @@ def elementwise(context: Context, *operands: Axes) -> list[Axes]:
     """Operands that are scalars or have one shape, up to axes of length 1."""
     zero = _zero_rule(context, [len(operand) > 0 or not context.shape for operand in operands])
     arrays = [operand for operand in operands if operand]
-    out = tuple(merge(context.graph, list(axes), zero) for axes in zip(*arrays, strict=True))
+    out = tuple(
+        merge(context.graph, list(axes), zero)._replace(uniform=_is_uniform(axes)) for axes in zip(*arrays, strict=True)
+    )
     if not arrays and context.equation.name == "convert_element_type" and context.literal(0) is not None:
         context.literals[context.equation.outputs[0]] = context.literal(0)
     return [out]
+
+
+def _is_uniform(axes: tuple[Axis, ...]) -> bool:
+    size = max(len(axis.id) for axis in axes)
+    return all(axis.uniform or len(axis.id) < size or axis.is_zero() for axis in axes)
 
 
 def _zero_rule(context: Context, is_array: list[bool]) -> Callable[[list[np.ndarray]], np.ndarray]:
@@ -101,9 +108,15 @@ def convolution(context: Context, image: Axes, kernel: Axes) -> list[Axes]:
 
 
 def reduce_sum(context: Context, operand: Axes) -> list[Axes]:
-    """A sum may lose the entries that are zero; its divisor, if it is a mean, stays what it was."""
-    for i in context.settings["axes"]:
-        context.graph.freeze(operand[i], ~operand[i].zero)
+    """A sum may lose the entries that are zero, and those of one value, which `resize` adds as often as it is gone.
+
+    The divisor, if it is a mean, stays what it was.
+    """
+    across = [operand[i] for i in context.settings["axes"]]
+    is_alone = sum((axis.id != FROZEN).any() for axis in across) == 1
+    for axis in across:
+        if not (axis.uniform and is_alone):
+            context.graph.freeze(axis, ~axis.zero)
     return [tuple(axis for i, axis in enumerate(operand) if i not in context.settings["axes"])]
 
 
@@ -134,7 +147,8 @@ def cumulative(context: Context, operand: Axes) -> list[Axes]:
     """Looks across one axis."""
     along = context.settings["axis"]
     context.graph.freeze(operand[along])
-    return [tuple(fixed(len(a.id)) if i == along else a for i, a in enumerate(operand))]
+    rest = [a._replace(zero=a.zero & (context.equation.name != "cumlogsumexp")) for a in operand]
+    return [tuple(fixed(len(a.id)) if i == along else a for i, a in enumerate(rest))]
 
 
 # fmt: off
@@ -143,18 +157,20 @@ _KEEP_ZERO = frozenset((
     "erf", "erf_inv", "expm1", "floor", "log1p", "max", "min", "neg", "reduce_precision", "round", "sign", "sin",
     "sinh", "sqrt", "square", "stop_gradient", "sub", "tan", "tanh",
 ))
-_ELEMENTWISE = _KEEP_ZERO | frozenset((
+ELEMENTWISE = _KEEP_ZERO | frozenset((
     "acos", "acosh", "and", "atan2", "cos", "cosh", "digamma", "div", "eq", "erfc", "exp", "exp2", "ge", "gt",
     "integer_pow", "is_finite", "le", "lgamma", "log", "log2", "logistic", "lt", "mul", "ne", "nextafter", "not",
     "one_minus_square", "or", "polynomial", "pow", "rem", "rsqrt", "select_n", "xor",
 ))
 # fmt: on
+FOLLOWED = ELEMENTWISE | {"broadcast_in_dim"}
+"""The operations through which `resize` computes what a removed entry would be."""
 _ACROSS = ("reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or", "argmax", "argmin")
 _WINDOWS = ("reduce_window_max", "reduce_window_min", "reduce_window_sum")
 _CUMULATIVE = ("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp")
 
 RULES: dict[str, Rule] = {
-    **dict.fromkeys(_ELEMENTWISE, elementwise),
+    **dict.fromkeys(ELEMENTWISE, elementwise),
     "broadcast_in_dim": moves.broadcast_in_dim,
     "reshape": moves.reshape,
     "transpose": moves.transpose,

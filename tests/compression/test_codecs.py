@@ -38,8 +38,19 @@ def flat(tree):
     return np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)]).astype(np.float64)
 
 
-def arrives(codec, update=UPDATE, key=KEY):
-    return flat(codec.decode(codec.encode(key, codec.init(update), update)[0]))
+@functools.partial(jax.jit, static_argnums=0)
+def through(codec, key, state, update):
+    """What is sent, what arrives of it, and the next state."""
+    code, state = codec.encode(key, state, update)
+    return code, codec.decode(code), state
+
+
+def sent(codec, update=UPDATE):
+    return through(codec._replace(shape=None), KEY, codec.init(update), update)[0]
+
+
+def arrives(codec, update=UPDATE):
+    return flat(through(codec._replace(shape=None), KEY, codec.init(update), update)[1])
 
 
 def leafwise(tree, function):
@@ -106,7 +117,7 @@ def test_levels_that_are_almost_all_zero_cost_almost_nothing():
     like = jax.ShapeDtypeStruct((150_000,), jnp.float32)
     codec = qsgd(like, num_levels=1)
     update = np.random.default_rng(2).normal(size=150_000).astype(np.float32)
-    code, _ = codec.encode(KEY, (), update)
+    code = sent(codec, update)
     num = int((code.level != 0).sum())
     assert 200 < num < 400  # about sqrt(150 000) * mean |normal| = 309
     assert codec.num_bits(code) == 8 * len(codec.serialize(code)) < num * 13
@@ -184,14 +195,18 @@ BIASED = {
 }
 
 
+@functools.cache  # one compilation for two tests: from a residual of 0 it says what the codec itself says
+def feeding_back(name):
+    return error_feedback(BIASED[name](UPDATE))._replace(shape=None)
+
+
 @pytest.mark.parametrize("name", BIASED)
 def test_a_biased_codec_is_a_contraction(name):
-    codec = BIASED[name](UPDATE)
-    through = jax.jit(lambda key, x: codec.decode(codec.encode(key, codec.init(x), x)[0]))
+    codec = feeding_back(name)
     for seed in range(8):
         rng = np.random.default_rng(seed)
         x = jax.tree.map(lambda x, rng=rng: rng.standard_cauchy(x.shape).astype(np.float32), UPDATE)
-        error = ((flat(through(jax.random.key(seed), x)) - flat(x)) ** 2).sum()
+        error = ((flat(through(codec, jax.random.key(seed), codec.init(x), x)[1]) - flat(x)) ** 2).sum()
         assert error < (contraction(name, x) + 1e-5) * (flat(x) ** 2).sum()
 
 
@@ -207,18 +222,12 @@ def test_a_contraction_of_random_places_loses_the_rest_on_average():
 
 @pytest.mark.parametrize("name", BIASED)
 def test_with_error_feedback_nothing_is_lost_only_late(name):
-    codec = error_feedback(BIASED[name](UPDATE))
-
-    @jax.jit
-    def step_of(key, state, update):
-        code, state = codec.encode(key, state, update)
-        return codec.decode(code), state
-
+    codec = feeding_back(name)
     state, said, meant = codec.init(UPDATE), np.zeros(SIZE), np.zeros(SIZE)
     for step in range(12):
         rng = np.random.default_rng(step)
         update = jax.tree.map(lambda x, rng=rng: rng.normal(size=x.shape).astype(np.float32), UPDATE)
-        decoded, state = step_of(jax.random.fold_in(KEY, step), state, update)
+        _, decoded, state = through(codec, jax.random.fold_in(KEY, step), state, update)
         said += flat(decoded)
         meant += flat(update)
         np.testing.assert_allclose(said + flat(state.residual), meant, atol=2e-4)
@@ -235,7 +244,7 @@ def test_sign_by_hand():
 
 def test_qsgd_and_terngrad_give_multiples_of_their_scales():
     for codec, scale in ((qsgd(UPDATE, num_levels=4), lambda x: np.linalg.norm(x) / 4), (terngrad(UPDATE), np.max)):
-        got = codec.decode(codec.encode(KEY, (), UPDATE)[0])
+        got = through(codec._replace(shape=None), KEY, (), UPDATE)[1]
         for x, y in zip(*map(jax.tree.leaves, (UPDATE, got)), strict=True):
             multiple = np.asarray(y) / scale(abs(np.ravel(x).astype(np.float64)))
             np.testing.assert_allclose(multiple, np.round(multiple), atol=1e-5)
@@ -251,9 +260,9 @@ def test_power_sgd_sends_a_matrix_of_its_rank_whole_and_finds_the_best_one_over_
     codec = power_sgd(low, rank=1)
     state = codec.init(low)
     for _ in range(60):
-        code, state = codec.encode(KEY, state, low)
+        code, decoded, state = through(codec._replace(shape=None), KEY, state, low)
     u, s, v = np.linalg.svd(left @ right)
-    np.testing.assert_allclose(flat(codec.decode(code))[4:], (s[0] * u[:, :1] @ v[:1]).ravel(), atol=1e-3)
+    np.testing.assert_allclose(flat(decoded)[4:], (s[0] * u[:, :1] @ v[:1]).ravel(), atol=1e-3)
     assert codec.num_bits(code) == 32 * (4 + 12 + 10)
 
 
@@ -276,11 +285,11 @@ def test_few_bits_by_hand():
     np.testing.assert_allclose(arrives(one, update), np.array([1, -1, 1, 1, 0]) * 18.1 / 4, rtol=1e-6)
 
 
-@pytest.mark.parametrize("num_bits", [1, 2, 4, 8, 9])
+@pytest.mark.parametrize("num_bits", [1, 2, 8])
 def test_more_bits_are_nearer_and_cost_no_more_than_they_say(num_bits):
     update = np.random.default_rng(5).normal(size=5000).astype(np.float32)
     whole, codec = top_k(update, share=0.1), quantized(top_k(update, share=0.1), num_bits=num_bits)
-    code, back = (f(KEY, (), update)[0] for f in (codec.encode, whole.encode))
+    code, back = sent(codec, update), sent(whole, update)
     assert codec.num_bits(code) == 8 * len(codec.serialize(code))
     values = whole.num_bits(back) - 32 * 500
     assert codec.num_bits(code) - values <= 500 * (num_bits + 0.6 * (num_bits > 1)) + 120
@@ -331,7 +340,7 @@ def test_a_bad_setting_is_named(build, names):
 
 def test_a_changed_byte_gives_a_code_of_the_right_shapes_or_a_value_error():
     for codec in (quantized(top_k(UPDATE, share=0.3), num_bits=4), qsgd(UPDATE, num_levels=3)):
-        data = codec.serialize(codec.encode(KEY, (), UPDATE)[0])
+        data = codec.serialize(sent(codec))
         num_refused = 0
         for place, bit in itertools.product(range(0, len(data), 3), (0, 7)):
             changed = bytearray(data)

@@ -42,11 +42,11 @@ def test_learning_starts_at_the_norms():
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.25, 0.5, 0.9])
 def test_the_loss_is_that_of_the_masked_model(sparsity):
-    loss = loss_of_scores(LOSS, apply, CHANNELS, PARAMS, ONE, sparsity=sparsity)
+    loss = loss_of_scores(LOSS, apply, CHANNELS, PARAMS, sparsity=sparsity)
     for scores in (initial_scores(CHANNELS, PARAMS), jax.random.normal(KEY, (10,)), jnp.zeros(10)):
         chosen = masks(CHANNELS, PARAMS, sparsity=sparsity, score=scores)
         found = jax.jit(loss)(KEY, scores, IMAGE, LABEL)
-        np.testing.assert_allclose(found, LOSS(KEY, trees.multiply(PARAMS, chosen), IMAGE, LABEL), rtol=1e-6)
+        np.testing.assert_allclose(found, LOSS(KEY, trees.multiply(PARAMS, chosen), IMAGE, LABEL), rtol=1e-4, atol=1e-6)
 
 
 def test_a_score_gets_the_gradient_of_its_units_factor():
@@ -61,7 +61,7 @@ def test_a_score_gets_the_gradient_of_its_units_factor():
         logits = (jnp.tanh(x @ p["c"]) * second) @ p["d"]
         return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, LABEL))
 
-    loss = loss_of_scores(LOSS, apply, CHANNELS, PARAMS, ONE, sparsity=0.5)
+    loss = loss_of_scores(LOSS, apply, CHANNELS, PARAMS, sparsity=0.5)
     found = jax.jit(jax.grad(lambda s: jnp.mean(loss(KEY, s, IMAGE, LABEL))))(scores)
     np.testing.assert_allclose(found, jax.jit(jax.grad(gated))(keep), rtol=1e-4, atol=1e-6)
     assert (np.asarray(found) != 0).all()
@@ -80,7 +80,7 @@ def test_learned_scores_come_near_the_best_of_all_masks_on_the_adversarial_loss(
     image = jnp.asarray(rng.uniform(size=(60, 2, 2, 2)), jnp.float32)
     label = jnp.argmax(image.reshape(60, 8) @ signal, -1)
     adversarial = defenses.adversarial_loss(LOSS, apply, attacks.fgsm(norm="linf", eps=0.02), clean_share=0.0)
-    loss = loss_of_scores(adversarial, apply, CHANNELS, params, ONE, sparsity=0.5)
+    loss = loss_of_scores(adversarial, apply, CHANNELS, params, sparsity=0.5)
     optimizer = optax.adam(0.05)
 
     def mean(scores):
@@ -106,7 +106,7 @@ def test_learned_scores_come_near_the_best_of_all_masks_on_the_adversarial_loss(
 
 
 def test_factors_stand_where_units_are_read():
-    assert gated_places(apply, CHANNELS, ONE) == [[False, False], [False], [True, False], [True, False]]
+    assert gated_places(apply, CHANNELS) == [[False, False], [False], [True, False], [True, False]]
 
     def channels_first(p, x):
         x = jnp.transpose(x, (0, 3, 1, 2))
@@ -116,7 +116,7 @@ def test_factors_stand_where_units_are_read():
     shapes = {"a": (6, 2, 3, 3), "b": (6,), "c": (4, 6, 1, 1), "d": (4, 3)}
     channels = find_channels(channels_first, {k: jax.ShapeDtypeStruct(v, jnp.float32) for k, v in shapes.items()}, ONE)
     c_reads = [False, True, False, False]
-    assert gated_places(channels_first, channels, ONE) == [[False] * 4, [False], c_reads, [True, False]]
+    assert gated_places(channels_first, channels) == [[False] * 4, [False], c_reads, [True, False]]
 
 
 def test_factors_stand_for_removal_in_a_network_with_norms_and_residual_sums():
@@ -130,14 +130,14 @@ def test_factors_stand_for_removal_in_a_network_with_norms_and_residual_sums():
     loss = losses.cross_entropy(normed)
     scores = jax.random.normal(KEY, (4,))
     chosen = masks(channels, params, sparsity=0.5, score=scores)
-    found = loss_of_scores(loss, normed, channels, params, ONE, sparsity=0.5)
+    found = loss_of_scores(loss, normed, channels, params, sparsity=0.5)
     value, gradient = jax.jit(jax.value_and_grad(lambda s: jnp.sum(found(KEY, s, IMAGE, LABEL))))(scores)
     np.testing.assert_allclose(value, jnp.sum(loss(KEY, trees.multiply(params, chosen), IMAGE, LABEL)), rtol=1e-4)
     assert (jnp.abs(gradient) > 1e-3).all()
 
 
 def test_scores_are_clipped_per_example_like_any_parameters():
-    loss = loss_of_scores(LOSS, apply, CHANNELS, PARAMS, ONE, sparsity=0.5)
+    loss = loss_of_scores(LOSS, apply, CHANNELS, PARAMS, sparsity=0.5)
     scores = initial_scores(CHANNELS, PARAMS)
     clip_norm = 0.05
     clipped = privacy.clipped_grad(loss, clip_norm=clip_norm)
@@ -155,9 +155,9 @@ def test_scores_are_clipped_per_example_like_any_parameters():
 
 def test_bad_settings_are_named_in_one_line():
     with pytest.raises(ValueError, match=r"^sparsity is 1.0: must be in \[0, 1\)$"):
-        loss_of_scores(LOSS, apply, CHANNELS, PARAMS, ONE, sparsity=1.0)
+        loss_of_scores(LOSS, apply, CHANNELS, PARAMS, sparsity=1.0)
     other = {**PARAMS, "b": np.zeros(7, np.float32)}
     with pytest.raises(ValueError, match=r"^params is 'a tree of 4 leaves': must be of .*$"):
-        loss_of_scores(LOSS, apply, CHANNELS, other, ONE, sparsity=0.5)
+        loss_of_scores(LOSS, apply, CHANNELS, other, sparsity=0.5)
     with pytest.raises(ValueError, match=r"^params is 'a tree of 4 leaves': must be of .*$"):
         initial_scores(CHANNELS, other)

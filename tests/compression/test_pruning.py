@@ -9,10 +9,11 @@ import pytest
 from flax import linen as nn
 from jax import lax
 
-from fedrobust import models, ops, trace, trees
+from fedrobust import losses, models, ops, trace, trees
 from fedrobust.compression import (
     find_channels,
     kept_units,
+    loss_of_scores,
     masks,
     masks_from_units,
     max_difference,
@@ -282,6 +283,21 @@ def test_a_higher_sparsity_keeps_a_subset():
     channels = find_channels(net.apply, net.params, ONE)
     kept = [kept_units(channels, masks(channels, net.params, sparsity=s)) for s in (0.2, 0.5, 0.8)]
     assert (kept[1] <= kept[0]).all() and (kept[2] <= kept[1]).all()
+
+
+@pytest.mark.parametrize("name", ["squeeze_excite", "attention"])
+def test_the_loss_of_scores_is_that_of_the_masked_model_and_removed_units_can_come_back(name):
+    net, key, label = NETS[name](), jax.random.key(1), jnp.arange(3)
+    channels = find_channels(net.apply, net.params, ONE)
+    scores = jax.random.normal(key, channels.group.shape)
+    chosen = masks(channels, net.params, sparsity=0.5, score=scores)
+    loss = losses.cross_entropy(net.apply)
+    of_scores = loss_of_scores(loss, net.apply, channels, net.params, sparsity=0.5)
+    value, gradient = jax.jit(jax.value_and_grad(lambda s: of_scores(key, s, IMAGE, label).sum()))(scores)
+    masked = jax.jit(loss)(key, trees.multiply(net.params, chosen), IMAGE, label)
+    np.testing.assert_allclose(value, masked.sum(), rtol=1e-5)
+    removed = ~kept_units(channels, chosen)
+    assert (gradient[removed] != 0).sum() >= removed.sum() - 1  # a rectifier may hide one on all images
 
 
 def test_shrinking_a_masked_model_by_hand_gives_the_same_parameters():

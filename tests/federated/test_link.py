@@ -60,22 +60,17 @@ def play(algorithm, cohorts=COHORTS):
     return state, infos
 
 
-def test_without_codecs_nothing_is_added_to_the_state():
-    algorithm = build()
-    state, infos = play(algorithm)
-    assert state._fields == ("params", "average", "mask", "optimizer", "aggregator", "round")
-    assert infos[0].sent == Sent((), ())
-
-
-def test_updates_said_as_they_are_change_no_bit_and_are_counted():
-    plain, _ = play(build())
+def test_updates_said_as_they_are_change_no_bit_and_are_counted_and_no_codec_adds_nothing():
+    plain, quiet = play(build())
     coded, infos = play(build(codec=identity(PARAMS), num_clients=NUM_CLIENTS, downlink=identity(PARAMS)))
+    assert plain._fields == ("params", "average", "mask", "optimizer", "aggregator", "round")
     assert bits(plain) == bits(coded)
+    assert quiet[0].sent == Sent((), ())
     assert [info.sent.uplink.tolist() for info in infos] == [[96, 96, 0], [0, 96, 96], [96, 0, 96]]
     assert [int(info.sent.downlink) for info in infos] == [96, 96, 96]
 
 
-@pytest.mark.parametrize("backend", ["scan", "vmap", "shard_map"])
+@pytest.mark.parametrize("backend", ["vmap", "shard_map"])
 def test_every_client_remembers_by_its_id_what_it_did_not_say(backend):
     """Against a loop: one number of three is said; the rest waits for the client's next turn, wherever it stands."""
     codec = error_feedback(top_k(PARAMS, share=0.4))
@@ -136,7 +131,7 @@ def test_malicious_clients_say_what_the_attack_made_of_their_update():
         return jax.tree.map(lambda x: jnp.where(malicious.reshape(-1, *[1] * (x.ndim - 1)), 1000.0, x), updates)
 
     algorithm = build(codec=top_k(PARAMS, share=0.1), num_clients=NUM_CLIENTS, update_attack=lie)
-    state, _ = algorithm.round(KEY, algorithm.init(PARAMS), make_cohort([2, 6], [1, 1], [0, 1]))
+    state, _ = jax.jit(algorithm.round)(KEY, algorithm.init(PARAMS), make_cohort([2, 6], [1, 1], [0, 1]))
     # one number arrives of each: -6 of the honest one in a[1], 1000 of the liar in its first place
     np.testing.assert_allclose([*state.params["a"], state.params["b"]], [1 + 500, -2 - 3, 0.5], rtol=1e-6)
 
@@ -153,35 +148,28 @@ def remembering(like):
 
 
 def test_under_privacy_the_codec_is_given_the_noised_update_and_nothing_else():
-    params = {"w": jnp.zeros((4, 2))}
+    params = {"w": jnp.zeros((100, 2))}
 
     def loss(key, p, image, label):
         return losses.cross_entropy(lambda p, x: x.reshape(len(x), -1) @ p["w"])(key, p, image, label)
 
-    def client_of(noise_multiplier):
-        plan = Plan("record", "zero_out", "poisson", 0.5, 3, noise_multiplier, 0.0, 8.0, 1e-5)
-        clipped = clipped_grad(loss, clip_norm=1.0, microbatch_size=2)
-        return local_update(private_grad(clipped, plan, num_records=8), optax.sgd(1.0), skip_empty=False)
-
+    plan = Plan("record", "zero_out", "poisson", 0.5, 3, 1.0, 0.0, 8.0, 1e-5)
+    clipped = clipped_grad(loss, clip_norm=1.0, microbatch_size=4)
+    client = local_update(private_grad(clipped, plan, num_records=8), optax.sgd(1.0), skip_empty=False)
     rng = np.random.default_rng(0)
-    batch = Batch(
-        rng.uniform(size=(2, 1, 4, 2, 2, 1)).astype(np.float32),
-        rng.integers(0, 2, (2, 1, 4)).astype(np.int32),
-        np.ones((2, 1, 4), bool),
-    )
+    image = rng.uniform(size=(2, 1, 4, 100, 1, 1)).astype(np.float32)
+    label, mask = rng.integers(0, 2, (2, 1, 4)).astype(np.int32), np.ones((2, 1, 4), bool)
+    mask[1] = False  # a client that drew nobody: its update is noise alone
+    batch, key = Batch(image, label, mask), jax.random.key(3)
     cohort = Cohort(np.int32([3, 1]), np.float32([1, 1]), np.zeros(2, bool), batch)
-    seen = {}
-    for noise_multiplier in (1.0, 1e-6):
-        client = client_of(noise_multiplier)
-        algorithm = build(client=client, codec=remembering(params), num_clients=NUM_CLIENTS)
-        state, _ = jax.jit(algorithm.round)(KEY, algorithm.init(params), cohort)
-        assert (state.params["w"] == 0).all()  # the server hears of codes alone
-        seen[noise_multiplier] = state.link.uplink["w"]
-    own_keys = keys.per_client(keys.stream(KEY, "client"), cohort.id)
+    algorithm = build(client=client, codec=remembering(params), num_clients=NUM_CLIENTS)
+    state, _ = jax.jit(algorithm.round)(key, algorithm.init(params), cohort)
+    assert (state.params["w"] == 0).all()  # the server hears of codes alone
+    own_keys = keys.per_client(keys.stream(key, "client"), cohort.id)
     expected, _ = jax.jit(jax.vmap(client, (0, None, 0)))(own_keys, params, batch)
-    np.testing.assert_allclose(seen[1e-6][cohort.id], expected["w"], rtol=1e-4, atol=1e-6)
-    noise = (seen[1.0] - seen[1e-6])[cohort.id]
-    assert 0.3 < float(jnp.std(noise)) / (1.0 / (0.5 * 8)) < 2.0  # 16 numbers of std clip norm over expected records
+    np.testing.assert_allclose(state.link.uplink["w"][cohort.id], expected["w"], rtol=1e-4, atol=1e-6)
+    # 200 numbers of deviation clip norm over expected records: 5 standard errors, false failures below 1e-6
+    assert abs(float(jnp.std(state.link.uplink["w"][1])) / (1.0 / (0.5 * 8)) - 1) < 5 / np.sqrt(2 * 200)
 
 
 def test_the_server_moves_by_what_clients_decode_and_says_the_rest_later():

@@ -131,34 +131,65 @@ def head(middle):
     return lambda p, x: middle(x.mean((1, 2)) @ p["a"]) @ p["c"]
 
 
+def total(y):
+    return jnp.ones((1, 4)) * y.sum((1, 2))[:, None]
+
+
 WIDTHS = {"a": (1, 4), "c": (4, 2)}
 
 
-@pytest.mark.parametrize(
-    ("middle", "prunable"),
-    [
-        (jax.nn.sigmoid, True),  # not zero when masked, but the next weights are
-        (lambda y: y + jnp.arange(4.0), True),
-        (lambda y: y / jnp.sqrt(jnp.mean(y**2, -1, keepdims=True) + 1), True),  # masked entries add zero to the sum
-        (lambda y: y / jnp.mean(jnp.exp(y), -1, keepdims=True), False),  # exp(0) = 1 would be missing
-        (lambda y: y / jnp.max(y, -1, keepdims=True), False),
-        (jax.nn.softmax, False),
-        (lambda y: jnp.cumsum(y, -1), False),
-        (lambda y: y[:, ::-1], True),
-        (lambda y: jnp.take(y, jnp.array([2, 0, 3, 1]), axis=1), False),  # which entries are read is known at run time
-        (lambda y: jnp.take(jnp.stack([y, y * y], 1), jnp.array([1, 0]), axis=1)[:, 0], True),
-        (lambda y: lax.dynamic_slice(y, (jnp.int32(y[0, 0] > 0), 0), y.shape), True),
-        (lambda y: jnp.stack([y, 2 * y], -1).sum(-1), True),
-        (lambda y: jnp.tile(y, (1, 2))[:, 4:] + y, True),
-        (lambda y: jnp.stack(jnp.unstack(y, axis=1), -1), False),
-        (lambda y: jnp.where(y > 0, y, 0.1 * y), True),
-        (lambda y: jax.nn.softplus(y), True),
-        (lambda y: y * jax.nn.relu6(y + 3) / 6, True),
-    ],
-)
+MIDDLES = [
+    (jax.nn.sigmoid, True),  # not zero when masked, but the next weights are
+    (lambda y: y + jnp.arange(4.0), True),
+    (lambda y: y / jnp.sqrt(jnp.mean(y**2, -1, keepdims=True) + 1), True),  # masked entries add zero to the sum
+    (lambda y: y / jnp.mean(jnp.exp(y), -1, keepdims=True), True),  # exp(0) = 1 is missing, and added
+    (lambda y: y / jnp.mean(jnp.exp(y + jnp.arange(4.0)), -1, keepdims=True), False),  # each another value
+    (lambda y: y - jnp.mean(jnp.exp(y) @ jnp.ones((4, 4)), -1, keepdims=True), False),
+    (lambda y: (y - jnp.mean(y, -1, keepdims=True)) / jnp.var(y, -1, keepdims=True), True),
+    (lambda y: y / jnp.max(y, -1, keepdims=True), False),
+    (jax.nn.softmax, False),
+    (lambda y: jnp.cumsum(y, -1), False),
+    (lambda y: y[:, ::-1], True),
+    (lambda y: jnp.take(y, jnp.array([2, 0, 3, 1]), axis=1), False),  # which entries are read is known at run time
+    (lambda y: jnp.take(jnp.stack([y, y * y], 1), jnp.array([1, 0]), axis=1)[:, 0], True),
+    (lambda y: total(jnp.take(jnp.stack([y, y], 1), jnp.array([0, 9]), axis=1, fill_value=0)), True),
+    (lambda y: total(jnp.take(jnp.stack([y, y], 1), jnp.array([0, 9]), axis=1, fill_value=7)), False),
+    (lambda y: total(lax.cumsum(jnp.stack([y, y], 1), axis=1)), True),
+    (lambda y: total(lax.cumlogsumexp(jnp.stack([y, y], 1), axis=1)), False),
+    (lambda y: lax.dynamic_slice(y, (jnp.int32(y[0, 0] > 0), 0), y.shape), True),
+    (lambda y: jnp.stack([y, 2 * y], -1).sum(-1), True),
+    (lambda y: jnp.tile(y, (1, 2))[:, 4:] + y, True),
+    (lambda y: jnp.stack(jnp.unstack(y, axis=1), -1), False),
+    (lambda y: jnp.where(y > 0, y, 0.1 * y), True),
+    (lambda y: jax.nn.softplus(y), True),
+    (lambda y: y * jax.nn.relu6(y + 3) / 6, True),
+]
+
+
+@pytest.mark.parametrize(("middle", "prunable"), MIDDLES)
 def test_an_axis_is_frozen_exactly_where_a_masked_entry_would_count(middle, prunable):
     got, _ = labels(head(middle), WIDTHS, (1, 2, 2, 1))
     assert (set(got["a"][1]) != {0}) == prunable
+
+
+def test_without_the_masked_entries_every_one_of_these_functions_is_the_same():
+    def apply(p, x):
+        return jnp.concatenate([head(middle)(q, x) for (middle, _), q in zip(MIDDLES, p, strict=True)], -1)
+
+    rng = np.random.default_rng(0)
+    params = [{name: rng.normal(size=s).astype(np.float32) for name, s in WIDTHS.items()} for _ in MIDDLES]
+    image = rng.uniform(size=(3, 2, 2, 1)).astype(np.float32)
+    axes = trace.couple(apply, params, image).leaf_axes()
+    removed = [a[1][2] for a in axes[::2]]  # the third unit of each
+    keep = [[~np.isin(axis, removed) | (axis == 0) for axis in leaf] for leaf in axes]
+    leaves, structure = jax.tree.flatten(params)
+    masked = [x * np.multiply.outer(*k) for x, k in zip(leaves, keep, strict=True)]
+    small = [x[np.ix_(*k)] for x, k in zip(leaves, keep, strict=True)]
+    assert sum(x.shape == (1, 3) for x in small) == sum(prunable for _, prunable in MIDDLES)
+    expected = jax.jit(apply)(structure.unflatten(masked), image)
+    found = jax.jit(trace.resize(apply, params, keep))(structure.unflatten(small), image)
+    assert np.isfinite(expected).all()
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_unknown_operations_freeze_what_they_touch_and_are_named():

@@ -41,8 +41,11 @@ def test_keeping_all_changes_nothing():
         lambda y: jnp.take(jnp.stack([y, y * y], 1), jnp.array([1, 1, 0]), axis=1)[:, 1],
         lambda y: lax.dynamic_index_in_dim(jnp.stack([y, y * y], 1), jnp.int32(y[0, 0] > 0), 1, keepdims=False),
         lambda y: jnp.tile(y[:, None, :], (1, 3, 1)).sum(1) + jnp.tile(y.sum(1, keepdims=True), (1, y.shape[1])),
+        lambda y: y / jnp.mean(jnp.exp(y), -1, keepdims=True),
+        lambda y: (y - y.mean(-1, keepdims=True)) / jnp.std(y, -1, keepdims=True),
+        lambda y: y + jnp.sum((y.reshape(-1, 1, 3) * 2 - y.mean() + 1.5) ** 3, (1, 2))[:, None],
     ],
-    ids=["gather", "dynamic_slice", "tile"],
+    ids=["gather", "dynamic_slice", "tile", "exp", "variance", "two_axes"],
 )
 def test_operations_that_name_sizes_are_resized(middle):
     def apply(p, x):
@@ -50,6 +53,20 @@ def test_operations_that_name_sizes_are_resized(middle):
 
     image = jax.random.normal(jax.random.key(0), (2, 2, 2, 2))
     np.testing.assert_allclose(trace.resize(apply, PARAMS, KEEP)(SMALL, image), apply(PARAMS, image), rtol=1e-5)
+
+
+def test_a_sum_over_entries_of_which_some_are_zero_loses_only_those():
+    def apply(p, x):
+        x = x.mean((1, 2))
+        return jnp.concatenate([x @ p["a"], jnp.exp(x @ p["b"])], -1).sum(-1, keepdims=True)
+
+    params = {"a": PARAMS["a"], "b": jnp.ones((2, 2))}
+    keep = [[BOTH, HIDDEN], [BOTH, BOTH]]
+    image = jax.random.normal(jax.random.key(0), (2, 2, 2, 2))
+    got = trace.resize(apply, params, keep)({**params, "a": SMALL["a"]}, image)
+    np.testing.assert_allclose(got, apply(params, image), rtol=1e-6)
+    with pytest.raises(ValueError, match="not whole units"):
+        trace.resize(apply, params, [keep[0], [BOTH, ~BOTH]])({"a": SMALL["a"], "b": jnp.ones((2, 0))}, image)
 
 
 def test_part_of_a_unit_cannot_go():
