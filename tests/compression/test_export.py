@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import onnx
 import pytest
+from flax import linen as nn
 from jax import lax
 
 from fedrobust import models, ops
@@ -53,6 +54,10 @@ OPERATIONS = {
     ),
     "max pooling": lambda p, x: flat(
         lax.reduce_window(x, -jnp.inf, lax.max, (1, 3, 2, 1), (1, 2, 2, 1), ((0, 0), (1, 0), (0, 0), (0, 0)))
+    ),
+    "mean pooling": lambda p, x: flat(nn.avg_pool(x, (2, 3), (1, 2), ((0, 1), (1, 0)))),
+    "a token for each": lambda p, x: flat(
+        jnp.concatenate([jnp.tile(p[None, :, 1:], (x.shape[0], 1, 1)), jnp.tile(x[:, 0, :4], (1, 1, 2))[..., :4]], 1)
     ),
     "attention": attention,
     "dense": lambda p, x: x.mean((1, 2)) @ p,
@@ -130,6 +135,14 @@ def test_every_kind_of_few_bits_runs_with_the_values_it_stands_for(tmp_path, bit
     expected = np.asarray(apply(dequantize(few), images(5)))
     np.testing.assert_allclose(load_onnx(tmp_path / "m.onnx")(images(5)), expected, rtol=1e-5, atol=1e-5)
     assert np.abs(expected - apply(params, images(5))).max() > 1e-3
+
+
+def test_the_other_operand_of_a_wide_product_is_not_rounded(tmp_path):
+    """onnxruntime would, with a weight of 8 bits that is dequantized right before it."""
+    wide = quantize(np.random.default_rng(2).normal(size=(144, 64)).astype(np.float32))
+    apply = lambda p, x: flat(x) @ p  # noqa: E731
+    save_onnx(tmp_path / "m.onnx", apply, wide, image_shape=SHAPE, guarantee={})
+    np.testing.assert_allclose(load_onnx(tmp_path / "m.onnx")(images(5)), apply(dequantize(wide), images(5)), atol=1e-4)
 
 
 def test_a_rounded_input_is_what_quantize_linear_says(tmp_path):

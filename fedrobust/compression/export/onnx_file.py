@@ -22,7 +22,7 @@ from fedrobust.compression.export.rules import RULES
 from fedrobust.compression.quantization import Quantized, dequantize, is_weight
 from fedrobust.types import Params
 
-OPSET, IR_VERSION = 18, 9
+OPSET, IR_VERSION = 19, 9
 _UNSEALED = "0" * 32
 TOLERANCE = 1e-4
 """Largest difference between logits here and in onnxruntime, over the largest logit or 1, at which a file is kept."""

@@ -5,7 +5,7 @@ from jax import lax
 from onnx import helper
 
 from fedrobust.compression.export.graph import Context, Graph, Length, Rule, Value, require_known
-from fedrobust.compression.export.windows import convolution, cut, max_pooling, pad, product, require_fixed
+from fedrobust.compression.export.windows import convolution, cut, pad, pooling, product, require_fixed
 
 _INT_MIN = -(2**63) + 1
 
@@ -109,6 +109,21 @@ def _stack(graph: Graph, context: Context, *inputs: Value) -> list[str]:
     axis = context.settings["axis"]
     wide = [graph.add("Unsqueeze", graph.use(x), graph.ints(axis)) for x in inputs]
     return [graph.add("Concat", *wide, axis=axis)]
+
+
+def _tile(graph: Graph, context: Context, x: Value) -> list[str]:
+    return [
+        graph.add(
+            "Tile", graph.use(x), graph.shape([_quotient(*n) for n in zip(context.shapes[0], x.shape, strict=True)])
+        )
+    ]
+
+
+def _quotient(new: Length, old: Length) -> Length:
+    """How many times the old length fits into the new one."""
+    if old.times:
+        return Length(0, new.times // old.times)
+    return Length(new.times // old.plus, new.plus // old.plus)
 
 
 def _slice(graph: Graph, context: Context, x: Value) -> list[str]:
@@ -220,6 +235,7 @@ RULES: dict[str, Rule] = {
     "broadcast_in_dim": _broadcast,
     "concatenate": _concatenate,
     "stack": _stack,
+    "tile": _tile,
     "slice": _slice,
     "split": _split,
     "rev": _rev,
@@ -233,7 +249,8 @@ RULES: dict[str, Rule] = {
     "argmax": _arg("ArgMax"),
     "argmin": _arg("ArgMin"),
     "cumsum": _cumulative,
-    "reduce_window_max": max_pooling,
+    "reduce_window_max": pooling("MaxPool"),
+    "reduce_window_sum": pooling("AveragePool"),
     "conv_general_dilated": convolution,
     "dot_general": product,
 }
