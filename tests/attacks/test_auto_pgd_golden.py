@@ -58,7 +58,9 @@ def first_of_theirs(case, peer):
 
 
 @pytest.mark.parametrize("peer", ["torchattacks", "pyautoattack"])
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(
+    "case", [CASES[0], *(pytest.param(case, marks=pytest.mark.slow) for case in CASES[1:])], ids=str
+)
 def test_mean_accuracy_agrees_within_a_fifth_of_a_point(case, peer):
     """Means over starts, theirs over 12 or 48: one start moves the accuracy by up to 0.3 points."""
     mine, other = 100 * np.mean(~ours(*case)), 0.1 * np.mean(theirs(case, peer))

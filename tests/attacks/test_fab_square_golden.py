@@ -35,7 +35,9 @@ def broken(net, norm, family, search):
     return np.asarray(found.wrong), np.array(theirs, bool)
 
 
-@pytest.mark.parametrize(("net", "norm"), [("ten", "linf"), ("two", "l2"), ("ten", "l1")])
+@pytest.mark.parametrize(
+    ("net", "norm"), [("ten", "linf"), ("two", "l2"), pytest.param("ten", "l1", marks=pytest.mark.slow)]
+)
 def test_fab_breaks_what_torch_breaks(net, norm):
     """Robust accuracy at most 0.2 points above the peers', and at most 1 % of the images told otherwise."""
     num_targets = 9 if net == "ten" else 1
@@ -50,7 +52,7 @@ def test_fab_breaks_what_torch_breaks(net, norm):
         assert np.sum(ours != errors) <= 10
 
 
-@pytest.mark.parametrize(("net", "norm"), [("ten", "linf"), ("two", "l2")])
+@pytest.mark.parametrize(("net", "norm"), [("ten", "linf"), pytest.param("two", "l2", marks=pytest.mark.slow)])
 def test_square_breaks_at_least_as_many_as_torch(net, norm):
     """Robust accuracy at most 0.5 points above the highest of the peers' seeds; it is lower on such small images.
 

@@ -35,6 +35,10 @@ LEFT = {
 }
 
 
+SLOW = ("densenet", "mixer", "mobilenet_v2", "resnet18", "resnet50", "vgg16", "vit")
+"""Those that take longest, of kinds that the others cover."""
+
+
 def halved(name):
     """The model, its parameters, its channels and masks for half of the units."""
     model = ARCHITECTURES[name](4, 3)
@@ -43,7 +47,7 @@ def halved(name):
     return model, params, channels, masks(channels, params, sparsity=0.5)
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in ARCHITECTURES])
 def test_masked_equals_shrunk_and_half_of_the_units_go(name):
     model, params, channels, half = halved(name)
     assert channels.unknown == ()

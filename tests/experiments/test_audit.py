@@ -18,6 +18,7 @@ from experiments.run import main, parse
 SMOKE = ["audit", "--scale", "smoke", "--combinations", "dp", "--dp.num-rounds", "2"]
 
 
+@pytest.mark.slow
 def test_a_right_trainer_holds_and_one_with_half_the_noise_is_a_violation(tmp_path, capsys, monkeypatch):
     arguments = [*SMOKE, "--out", str(tmp_path / "out")]
     assert main(arguments) == 0

@@ -136,6 +136,7 @@ INTEGERS = (
 )
 
 
+@pytest.mark.slow
 def test_a_study_in_four_bits_is_measured_on_the_integers_in_its_file(watched, tmp_path):
     command = COMMAND.replace("--combinations plain dp+at+mc", INTEGERS).replace("--train.num-rounds 3 ", "")
     watched(tmp_path / "whole", command=command)
