@@ -3,8 +3,7 @@
 The library's models as they come, 8 norm groups per layer, 28 x 28 x 1 images, two classes, fresh weights: ResNet-9 has
 610 k parameters, ResNet-18 11.2 M. The units with the smallest L2 norm go, the same share of every group. Each model
 and its two small ones are timed in turns, batch 64, as plain `jax.jit` of the function; medians; compilation is not
-timed. With all three in the form of `trace.fast_inference`, ResNet-9 takes 79.9, 27.9 and 16.9 ms: ratios of 2.9 and
-4.7 (2 x86 cores, jax 0.10.2, 2026-11-28).
+timed.
 
 Both ratios say how many times better the small model is than the dense one, so rows are measured in what it has more
 of: images per second, and copies of its float32 parameters in a gigabyte. `sides` holds milliseconds per batch, and

@@ -16,13 +16,4 @@ def preset(dataset: str, scale: Scale) -> Codecs:
         dataset: what `--dataset` says.
         scale: what `--scale` says.
     """
-    study = presets.preset("combinations", dataset, scale)
-    return Codecs(
-        dataset=dataset,
-        scale=scale,
-        model=study.model,
-        width=study.width,
-        norm_groups=study.norm_groups,
-        train=study.train,
-        dp=study.dp,
-    )
+    return Codecs(**presets.shared(dataset, scale))

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from experiments.combinations.settings import DP, Poison, Scale, Study, Training
+from experiments.combinations.settings import DP, Scale, Study, Training, honest_study
 from fedrobust import check
 from fedrobust.compression.codecs import CODECS, error_feedback, quantized
 from fedrobust.types import Codec, Params
@@ -117,18 +117,4 @@ class Codecs:
 
     def study(self) -> Study:
         """The settings a model is trained with: all hospitals honest, nothing adversarial, nothing pruned."""
-        return Study(
-            experiment="codecs",
-            dataset=self.dataset,
-            data_dir=self.data_dir,
-            scale=self.scale,
-            seeds=self.seeds,
-            clients=self.clients,
-            model=self.model,
-            width=self.width,
-            norm_groups=self.norm_groups,
-            checkpoint_every=self.checkpoint_every,
-            train=self.train,
-            dp=self.dp,
-            poison=Poison(malicious_share=0.0),
-        )
+        return honest_study(self, "codecs", self.dp)

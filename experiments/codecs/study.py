@@ -1,7 +1,6 @@
 """The ways to say updates, one after the other, resumable, and what they leave behind."""
 
 import dataclasses
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from experiments.codecs.training import train
 from experiments.combinations.account import Account, charge_label_counts, note_look, open_account, spent
 from experiments.combinations.federation import Hospitals, build_model, hospitals, make_plan, make_recipe
 from experiments.combinations.row import provenance
-from experiments.combinations.study import config_of, require_same
+from experiments.combinations.study import config_of, require_same, rows_of
 from experiments.combinations.training import BATCH_SIZE, Progress
 from experiments.display import Display
 from experiments.files import write_text
@@ -40,9 +39,7 @@ def run(codecs: Codecs, console: Console) -> Path:
     sites = {seed: hospitals(codecs.study(), seed) for seed in codecs.seeds}
     wanted = [(seed, name) for seed in codecs.seeds for name in codecs.ways]
     plans = {case: plan_of(codecs, case[1], sites[case[0]]) for case in wanted}  # an error before anything is written
-    out.mkdir(parents=True, exist_ok=True)
-    write_text(out / "config.json", json.dumps(config, indent=2) + "\n")
-    done = {(row["seed"], row["way"]["name"]) for row in reporting.read(out / "rows.jsonl")}
+    done = {(row["seed"], row["way"]["name"]) for row in rows_of(out, config)}
     todo = [case for case in wanted if case not in done]
     with Display(console, len(wanted), len(wanted) - len(todo)) as display:
         for seed, name in todo:

@@ -7,6 +7,7 @@ Source: `experiments/combinations/__init__.py`.
 """
 
 from dataclasses import replace
+from typing import Any
 
 from experiments.combinations.settings import AT, DP, MC, Attack, Poison, Scale, Study, Training
 
@@ -39,6 +40,12 @@ _PNEUMONIA = Study(
     at=AT(clean_share=0.2, warmup=0.4),
     poison=Poison(rounds_share=0.5),
 )
+
+
+def shared(dataset: str, scale: Scale) -> dict[str, Any]:
+    """What other studies take over from the preset: on what a model is trained, which, and how without privacy."""
+    study = preset("combinations", dataset, scale)
+    return {name: getattr(study, name) for name in ("dataset", "scale", "model", "width", "norm_groups", "train", "dp")}
 
 
 def preset(name: str, dataset: str, scale: Scale) -> Study:

@@ -4,7 +4,7 @@ All of it is frozen dataclasses; the command line is generated from them, help t
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from fedrobust import check
 from fedrobust.data import PARTITIONS
@@ -284,6 +284,32 @@ class Study:
         check.one_of("--attack.suite", self.attack.suite, ("pgd", "auto_attack"))
         examples = self.attack.gate_examples
         check.require(examples == 0 or examples >= 2, "--attack.gate-examples", examples, "0 or a whole number >= 2")
+
+
+_SHARED = (
+    "dataset",
+    "data_dir",
+    "scale",
+    "seeds",
+    "clients",
+    "model",
+    "width",
+    "norm_groups",
+    "checkpoint_every",
+    "train",
+)
+
+
+def honest_study(settings: Any, experiment: str, dp: DP) -> Study:
+    """What another study trains a model with: all hospitals honest, nothing adversarial, nothing pruned.
+
+    Args:
+        settings: of that study; it has the fields of a `Study` that say on what, and how without privacy.
+        experiment: its name.
+        dp: how with privacy.
+    """
+    shared = {name: getattr(settings, name) for name in _SHARED}
+    return Study(experiment=experiment, dp=dp, poison=Poison(malicious_share=0.0), **shared)
 
 
 _WHOLE = {

@@ -40,9 +40,7 @@ def run(study: Study, console: Console) -> Path:
     for seed, combination in wanted:  # a plan that cannot be made is an error before anything is written
         if combination.dp:
             make_plan(study, sites[seed])
-    out.mkdir(parents=True, exist_ok=True)
-    write_text(out / "config.json", json.dumps(config, indent=2) + "\n")
-    done = {(_name(row), row["seed"]) for row in reporting.read(out / "rows.jsonl")}
+    done = {(_name(row), row["seed"]) for row in rows_of(out, config)}
     todo = [(seed, combination) for seed, combination in wanted if (combination.name, seed) not in done]
     with Display(console, len(wanted), len(wanted) - len(todo)) as display:
         for seed, combination in todo:
@@ -83,6 +81,13 @@ def require_same(out: Path, config: dict[str, Any]) -> None:
     differing = sorted(k for k in config.keys() | other.keys() if config.get(k) != other.get(k))
     if differing:
         raise ValueError(f"--out is {out}: it holds rows with another {', '.join(differing)}; must be another folder")
+
+
+def rows_of(out: Path, config: dict[str, Any]) -> list[Any]:
+    """The rows a folder holds already; makes it one of these settings. Ask `require_same` before."""
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / "config.json", json.dumps(config, indent=2) + "\n")
+    return reporting.read(out / "rows.jsonl")
 
 
 def _name(row: reporting.Row) -> str:

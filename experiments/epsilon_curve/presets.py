@@ -26,13 +26,5 @@ def preset(dataset: str, scale: Scale) -> Curve:
     Returns:
         A complete curve: model and training of the study of combinations, with a learning rate for much noise.
     """
-    study = presets.preset("combinations", dataset, scale)
-    return Curve(
-        dataset=dataset,
-        scale=scale,
-        model=study.model,
-        width=study.width,
-        norm_groups=study.norm_groups,
-        train=study.train,
-        dp=study.dp if dataset == "digits" else replace(study.dp, learning_rate=RADIOGRAPHS_RATE),
-    )
+    curve = Curve(**presets.shared(dataset, scale))
+    return curve if dataset == "digits" else replace(curve, dp=replace(curve.dp, learning_rate=RADIOGRAPHS_RATE))

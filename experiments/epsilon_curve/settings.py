@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from experiments.combinations.settings import DP, Poison, Scale, Study, Training
+from experiments.combinations.settings import DP, Scale, Study, Training, honest_study
 from fedrobust import check
 
 Noise = Literal["silo", "secure_sum"]
@@ -73,18 +73,4 @@ class Curve:
         if noise is not None:
             counts = dp.histogram_epsilon * min(1.0, math.sqrt(epsilon / dp.epsilon))
             dp = replace(dp, epsilon=epsilon, noise=noise, histogram_epsilon=counts)
-        return Study(
-            experiment="epsilon_curve",
-            dataset=self.dataset,
-            data_dir=self.data_dir,
-            scale=self.scale,
-            seeds=self.seeds,
-            clients=self.clients,
-            model=self.model,
-            width=self.width,
-            norm_groups=self.norm_groups,
-            checkpoint_every=self.checkpoint_every,
-            train=self.train,
-            dp=dp,
-            poison=Poison(malicious_share=0.0),
-        )
+        return honest_study(self, "epsilon_curve", dp)

@@ -16,7 +16,7 @@ from experiments import parallel
 from experiments.combinations.account import charge_label_counts, note_look, open_account, spent
 from experiments.combinations.federation import Hospitals, Recipe, build_model, hospitals, make_plan, make_recipe
 from experiments.combinations.row import provenance
-from experiments.combinations.study import config_of, require_same
+from experiments.combinations.study import config_of, require_same, rows_of
 from experiments.combinations.training import BATCH_SIZE, Job, Progress, train
 from experiments.display import Display
 from experiments.epsilon_curve.settings import Curve, Noise
@@ -69,9 +69,7 @@ def run(curve: Curve, console: Console) -> Path:
     sites = {seed: hospitals(curve.study(*curve.points[0]), seed) for seed in curve.seeds}
     # a plan that cannot be made is an error before anything is written
     plans = {point: plan_of(curve, point, sites[point.seed]) for point in points}
-    out.mkdir(parents=True, exist_ok=True)
-    write_text(out / "config.json", json.dumps(config, indent=2) + "\n")
-    done = {_point(row) for row in reporting.read(out / "rows.jsonl")}
+    done = {_point(row) for row in rows_of(out, config)}
     todo = [point for point in points if point not in done]
     at_once = _num_at_once(curve)
     with Display(console, len(points), len(points) - len(todo)) as display:

@@ -52,9 +52,9 @@ def distillation_loss(
         ValueError: a setting out of range.
 
     Source:
-        Hinton, Vinyals, Dean 2015, https://arxiv.org/abs/1503.02531, section 2; adversarial: Goldblum et al. 2020,
-        https://arxiv.org/abs/1905.09747, equation 5 (its label term is that of the clean image), and Zi et al. 2021,
-        https://arxiv.org/abs/2108.07969, equation 6: T = 1, label_share 0, clean_share 1/6.
+        Hinton, Vinyals, Dean 2015, https://arxiv.org/abs/1503.02531, section 2; adversarial: ARD, Goldblum et
+        al. 2020, https://arxiv.org/abs/1905.09747 (its label term is that of the clean image), and RSLAD, Zi et al.
+        2021, https://arxiv.org/abs/2108.07969, which is T = 1, label_share 0, clean_share 1/6.
     """
     check.positive("temperature", temperature)
     check.fraction("label_share", label_share)

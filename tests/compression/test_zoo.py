@@ -6,7 +6,8 @@ import pytest
 
 from experiments.zoo import ARCHITECTURES, away_from_zero_and_one
 from fedrobust import attacks, losses, privacy, trees
-from fedrobust.compression import find_channels, kept_units, masks, shrink, slice_tree
+from fedrobust.compression import find_channels, kept_units, masks, quantize, shrink, slice_tree
+from fedrobust.compression.export import load_onnx, save_onnx
 from fedrobust.types import Batch
 
 IMAGE = jax.random.uniform(jax.random.key(7), (2, 16, 16, 3)) * np.float32([1, 0.2]).reshape(2, 1, 1, 1)
@@ -56,6 +57,17 @@ def test_masked_equals_shrunk_and_half_of_the_units_go(name):
     masked = jax.jit(model.apply)(jax.tree.map(np.multiply, params, half), IMAGE)
     assert np.ptp(masked, axis=0).max() > 3e-4  # the logits do depend on the image
     np.testing.assert_allclose(jax.jit(small_apply)(small, IMAGE), masked, rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture_is_exported_and_checked_in_onnxruntime(tmp_path, name):
+    """`save_onnx` compares the logits itself; in float32 and with int8 weights."""
+    model = ARCHITECTURES[name](4, 3)
+    params = away_from_zero_and_one(model, ONE)
+    for values in (params, quantize(params)):
+        save_onnx(tmp_path / "m.onnx", model.apply, values, image_shape=ONE.shape[1:], guarantee={})
+        assert load_onnx(tmp_path / "m.onnx")(IMAGE).shape == (2, 3)
 
 
 def test_a_model_with_two_pass_layer_norms_is_shrunk_twice():

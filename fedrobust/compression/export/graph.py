@@ -45,11 +45,6 @@ class Value:
     constant: np.ndarray | None = None
     weight: Weight | None = None
 
-    @property
-    def is_fixed(self) -> bool:
-        """Whether the shape is the same for every batch."""
-        return all(length.times == 0 for length in self.shape)
-
 
 Rule = Callable[..., list[str]]
 """`(graph, context, *inputs) -> names of the outputs`."""

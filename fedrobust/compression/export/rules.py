@@ -229,7 +229,7 @@ RULES: dict[str, Rule] = {
     "select_n": _select,
     "round": _round,
     "convert_element_type": _cast,
-    **dict.fromkeys(("stop_gradient", "copy", "copy_p", "optimization_barrier", "reduce_precision"), _same),
+    **dict.fromkeys(("stop_gradient", "copy", "copy_p", "optimization_barrier"), _same),
     **dict.fromkeys(("reshape", "squeeze", "expand_dims"), _reshape),
     "transpose": _transpose,
     "broadcast_in_dim": _broadcast,
