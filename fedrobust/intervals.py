@@ -1,4 +1,4 @@
-"""Exact bounds on a rate from counts of independent trials, in float64 on the host."""
+"""Bounds on a rate from counts of independent trials, and on a mean from a few values, in float64 on the host."""
 
 import numpy as np
 import numpy.typing as npt
@@ -57,6 +57,34 @@ def lower(count: npt.ArrayLike, total: npt.ArrayLike, confidence: float) -> np.n
 
     count, total = _checked(count, total, confidence)
     return np.where(count > 0, beta.ppf(1 - confidence, np.maximum(count, 1), total - count + 1), 0.0)
+
+
+def of_mean(values: npt.ArrayLike, confidence: float) -> tuple[float, float]:
+    """The interval around the mean of a few values in which the mean of all such values lies, two-sided.
+
+    Args:
+        values: [n] float, n >= 2, independent draws from one normal distribution.
+        confidence: in (0, 1).
+
+    Returns:
+        `(low, high)`, which misses the true mean with probability 1 - confidence.
+
+    Raises:
+        ValueError: an argument out of its range.
+
+    Source: Student 1908, "The probable error of a mean" (Biometrika 6).
+
+    >>> tuple(round(float(x), 3) for x in of_mean([0.0, 2.0], 0.5))  # t with one degree of freedom: quartiles at -1, 1
+    (0.0, 2.0)
+    """
+    from scipy.stats import t  # takes half a second to import
+
+    check.fraction("confidence", confidence, zero=False, one=False)
+    values = np.asarray(values, np.float64)
+    finite = values.ndim == 1 and values.size >= 2 and bool(np.isfinite(values).all())
+    check.require(finite, "values", values.tolist(), "at least two finite numbers")
+    half = t.ppf((1 + confidence) / 2, values.size - 1) * values.std(ddof=1) / np.sqrt(values.size)
+    return float(values.mean() - half), float(values.mean() + half)
 
 
 def _checked(count: npt.ArrayLike, total: npt.ArrayLike, confidence: float) -> tuple[np.ndarray, np.ndarray]:

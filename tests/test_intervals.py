@@ -1,4 +1,4 @@
-"""Exact bounds on a rate: by hand, against the binomial's own tails, and by how often they are wrong."""
+"""Bounds on a rate and on a mean: by hand, against the binomial's own tails, and by how often they are wrong."""
 
 import numpy as np
 import pytest
@@ -29,3 +29,19 @@ def test_bad_counts_are_named(count, total, confidence):
     for bound in (intervals.lower, intervals.upper):
         with pytest.raises(ValueError, match=r"^(count|total|confidence) is "):
             bound(count, total, confidence)
+
+
+def test_the_interval_of_a_mean_by_hand_and_by_how_often_it_misses():
+    """Two values, one degree of freedom: t is Cauchy, its 97.5 % quantile tan(0.475 pi)."""
+    half = np.tan(0.475 * np.pi) * np.sqrt(2) / np.sqrt(2)
+    assert intervals.of_mean([3.0, 5.0], 0.95) == pytest.approx((4 - half, 4 + half))
+    draws = np.random.default_rng(0).normal(7.0, 2.0, (2000, 4))
+    bounds = np.array([intervals.of_mean(values, 0.9) for values in draws])
+    missed = np.mean((bounds[:, 0] > 7) | (bounds[:, 1] < 7))
+    assert abs(missed - 0.1) < 4 * np.sqrt(0.1 * 0.9 / 2000)
+
+
+@pytest.mark.parametrize("values", [[1.0], [], [1.0, np.nan], [[1.0, 2.0]]])
+def test_values_without_an_interval_are_named(values):
+    with pytest.raises(ValueError, match=r"^values is .* at least two finite numbers"):
+        intervals.of_mean(values, 0.9)

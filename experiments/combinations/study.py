@@ -27,7 +27,8 @@ def run(study: Study, console: Console) -> Path:
         console: where progress and the table are shown.
 
     Returns:
-        The folder that holds `rows.jsonl`, `ledger.jsonl` of its private rows, `table.md`, `table.tex` and the figures.
+        The folder that holds `rows.jsonl`, `ledger.jsonl` of its private rows, `table.md`, `table.tex`, the figures,
+        and `effects.md` where two rows that differ in one method share two seeds.
 
     Raises:
         ValueError: bad settings or data, or a folder that holds rows of another configuration. Nothing is written.
@@ -58,6 +59,10 @@ def report(out: Path, console: Console) -> None:
     console.print(reporting.to_rich(rows))
     write_text(out / "table.md", reporting.to_markdown(rows))
     write_text(out / "table.tex", reporting.to_latex(rows))
+    effects = reporting.effects_table(rows)
+    if effects.lines:
+        console.print(reporting.screen(effects, num_labels=2))
+        write_text(out / "effects.md", reporting.markdown(effects, num_labels=2))
     reporting.accuracy_against_radius(rows, out / "accuracy_against_radius.png")
     reporting.trade_off(rows, out / "trade_off.png")
     reporting.training_curves(rows, out / "training_curves.png")

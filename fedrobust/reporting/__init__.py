@@ -1,6 +1,7 @@
 """From rows to what people read: files, tables, figures. No JAX here."""
 
 from fedrobust.reporting.curve import POINT_FIELDS, auc_against_epsilon, epsilon_table
+from fedrobust.reporting.effects import effects_table
 from fedrobust.reporting.plots import accuracy_against_radius, trade_off, training_curves
 from fedrobust.reporting.rows import Combination, Row, append, config_hash, read, validate
 from fedrobust.reporting.tables import Table, latex, markdown, screen, table, to_latex, to_markdown, to_rich
@@ -17,6 +18,7 @@ __all__ = [
     "append",
     "auc_against_epsilon",
     "config_hash",
+    "effects_table",
     "epsilon_table",
     "latex",
     "markdown",

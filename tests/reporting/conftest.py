@@ -68,3 +68,8 @@ def study():
         return [make_row(*on, seed) for on in itertools.product((False, True), repeat=3) for seed in range(num_seeds)]
 
     return build
+
+
+@pytest.fixture
+def row_of():
+    return make_row
