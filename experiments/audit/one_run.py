@@ -107,7 +107,7 @@ def train(settings: Audit, combination: Combination, seed: int, site: Hospitals,
         state = stage(model.apply, None, recipe.num_rounds, None)
         return Watched(recipe, model.apply, state.params, score, included)
     channels = pruning.channels(model, train.image.shape[1:])
-    prune, end = pruning.schedule(settings.mc, channels, recipe.num_rounds)
+    prune, _, end = pruning.schedule(settings.mc, channels, recipe.num_rounds)
     dense = stage(model.apply, None, end, prune)
     apply, small, _ = pruning.shrink(model, channels, dense, site.splits.val.image[:256])
     return Watched(recipe, apply, stage(apply, small, recipe.num_rounds, None).params, score, included)

@@ -1,5 +1,6 @@
 """From settings to a federation: data on clients, a privacy plan, and one compiled round per kind of training."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -10,10 +11,11 @@ import numpy as np
 import optax
 
 from experiments.combinations.settings import AT, Study
-from fedrobust import attacks, data, defenses, federated, losses, models, privacy, threads
-from fedrobust.types import Attack, ClientUpdate, Cohort, Federated, GradFn, Loss, Model, Params
+from fedrobust import attacks, compression, data, defenses, federated, losses, models, privacy, threads
+from fedrobust.types import Attack, ClientUpdate, Cohort, Federated, GradFn, LogitsFn, Loss, Model, Params
 
 Apply = Callable[[Params, jax.Array], jax.Array]
+Objective = Callable[[jax.Array, jax.Array], jax.Array]
 
 # Purposes of host generators, beyond those of `fedrobust.data`: NumPy takes [s, 1] and [s, 1, 0] for one seed.
 _PARTITION, _LABEL_COUNTS = 101, 102
@@ -132,14 +134,14 @@ def cohorts(recipe: Recipe, site: Hospitals, seed: int, malicious: tuple[int, ..
 
 
 @threads.cached(maxsize=16)  # one compiled round per recipe and model, shared by all rows that differ in neither
-def federation(recipe: Recipe, apply: Apply) -> Federated:
-    """The federated algorithm of a recipe for a model."""
+def federation(recipe: Recipe, apply: Apply, teacher: LogitsFn | None = None) -> Federated:
+    """The federated algorithm of a recipe for a model, and for the one it learns from if there is one."""
     study = recipe.study
     rule = defenses.AGGREGATORS[study.poison.rule]
     options = {"trim_fraction": study.poison.malicious_share} if study.poison.rule == "trimmed_mean" else {}
     backend = None if study.client_map == "auto" else study.client_map
     return federated.fedavg(
-        lambda round: client_update(recipe, apply, round),
+        lambda round: client_update(recipe, apply, round, teacher),
         defenses.choice(defenses.mean(), rule(**options)),
         server_optimizer(recipe),
         lambda fn: federated.map_clients(fn, backend=backend),
@@ -157,9 +159,9 @@ def server_optimizer(recipe: Recipe) -> optax.GradientTransformation:
     return optax.sgd(schedule, momentum=settings.momentum)
 
 
-def client_update(recipe: Recipe, apply: Apply, round: jax.Array) -> ClientUpdate:
+def client_update(recipe: Recipe, apply: Apply, round: jax.Array, teacher: LogitsFn | None = None) -> ClientUpdate:
     """What a client does in a round: one noised gradient under privacy, local Adam without."""
-    loss = example_loss(recipe, apply, round)
+    loss = example_loss(recipe, apply, round, teacher)
     if not recipe.dp:
         schedule = optax.cosine_decay_schedule(recipe.study.train.learning_rate, recipe.num_rounds)
         return federated.local_update(federated.mean_grad(loss), optax.adam(schedule(round)), skip_empty=True)
@@ -181,19 +183,34 @@ def private_gradient(recipe: Recipe, loss: Loss) -> GradFn:
     )
 
 
-def example_loss(recipe: Recipe, apply: Apply, round: jax.Array) -> Loss:
-    """Cross-entropy, of adversarial samples whose radius grows over the first rounds where AT takes part."""
+def example_loss(recipe: Recipe, apply: Apply, round: jax.Array, teacher: LogitsFn | None = None) -> Loss:
+    """Distance from the labels, and from a teacher's answers where there is one.
+
+    Where AT takes part it is that of adversarial samples, whose radius grows over the first rounds.
+    """
+    settings: AT = recipe.study.at
+    eps = settings.eps * defenses.linear_warmup(num_rounds=recipe.num_rounds, share=settings.warmup)(round)
+    if teacher is not None:
+        return compression.distillation_loss(
+            apply,
+            teacher,
+            temperature=1.0,
+            label_share=recipe.study.mc.label_share,
+            attack=functools.partial(training_attack, settings, eps) if recipe.at else None,
+            clean_share=settings.clean_share,
+        )
     loss = losses.cross_entropy(apply)
     if not recipe.at:
         return loss
-    settings: AT = recipe.study.at
-    eps = settings.eps * defenses.linear_warmup(num_rounds=recipe.num_rounds, share=settings.warmup)(round)
     return defenses.adversarial_loss(loss, apply, training_attack(settings, eps), clean_share=settings.clean_share)
 
 
-def training_attack(settings: AT, eps: float | jax.Array) -> Attack:
+def training_attack(
+    settings: AT, eps: float | jax.Array, objective: Objective = optax.softmax_cross_entropy_with_integer_labels
+) -> Attack:
     """The PGD inside adversarial training, at the radius `eps`."""
     return attacks.pgd(
+        objective=objective,
         norm="linf",
         eps=eps,
         step_size=settings.relative_step * eps,

@@ -31,11 +31,12 @@ def channels(model: Model, image_shape: tuple[int, ...]) -> compression.Channels
 
 def schedule(
     settings: MC, channels: compression.Channels, num_rounds: int
-) -> tuple[Callable[[FederatedState, int], FederatedState], int]:
-    """When the masks are renewed, and the round after which nothing is pruned any more.
+) -> tuple[Callable[[FederatedState, int], FederatedState], int, int]:
+    """When the masks are renewed.
 
     Returns:
-        `(state, rounds done) -> state` with new masks where the sparsity rises, and the last such round.
+        `(state, rounds done) -> state` with new masks where the sparsity rises, the last round after which nothing has
+        been pruned yet, and the one after which nothing is any more.
     """
     end = max(2, round(settings.end * num_rounds))
     begin = min(end - 1, max(1, round(settings.begin * num_rounds)))
@@ -50,7 +51,7 @@ def schedule(
         masked = {"params": trees.multiply(state.params, mask), "average": trees.multiply(state.average, mask)}
         return state._replace(mask=mask, **masked)
 
-    return prune, end
+    return prune, begin, end
 
 
 def shrink(

@@ -88,6 +88,9 @@ class MC:
     """Pruning is complete, and the model physically smaller, after this share."""
     num_events: int = 4
     """Times the masks are renewed in between (cubic schedule)."""
+    label_share: float = 1.0
+    """Weight of the label in the small model's loss; the rest is that of what the full model answered when pruning
+    began. Under privacy that model is public, so that learning from it costs nothing more."""
     bits: Literal[8, 4] = 8
     """Of the served weights."""
     activations: Literal["float", "int8"] = "float"
@@ -268,6 +271,7 @@ class Study:
             self.mc.begin,
             f"in [0, --mc.end = {self.mc.end}), that < 1",
         )
+        check.fraction("--mc.label-share", self.mc.label_share)
         check.one_of("--mc.bits", self.mc.bits, (8, 4))
         check.one_of("--mc.activations", self.mc.activations, ("float", "int8"))
         check.require(

@@ -23,7 +23,7 @@ from experiments.combinations.federation import (
 )
 from experiments.combinations.settings import AT
 from fedrobust import compression, evaluation, federated, keys, threads
-from fedrobust.types import Model, Params
+from fedrobust.types import LogitsFn, Model, Params
 
 HISTORY_POINTS = 20
 BATCH_SIZE = 256  # of every prediction
@@ -112,18 +112,31 @@ def train(job: Job, model: Model, progress: Progress) -> Trained:
 
     image = job.site.splits.val.image[:BATCH_SIZE]
     channels = pruning.channels(model, image.shape[1:])
-    prune, end = pruning.schedule(job.recipe.study.mc, channels, job.recipe.num_rounds)
-    dense = _run_stage(job, "dense", algorithm, model.apply, start, prune, end, key, progress)
+    prune, begin, end = pruning.schedule(job.recipe.study.mc, channels, job.recipe.num_rounds)
+    dense = _run_stage(job, "dense", algorithm, model.apply, start, None, begin, key, progress)
+    masked = _run_stage(job, "masked", algorithm, model.apply, dense, prune, end, key, progress)
     with threads.COMPILING:
-        apply, small_state, difference = pruning.shrink(model, channels, dense.state, image)
-    small = federation(job.recipe, apply)
-    start = dense._replace(state=small_state)
+        apply, small_state, difference = pruning.shrink(model, channels, masked.state, image)
+    teacher = _teacher(job.recipe, model.apply, dense.state.average)
+    small = federation(job.recipe, apply, teacher)
+    start = masked._replace(state=small_state)
     last = max(end, job.recipe.num_rounds - round(job.recipe.study.mc.aware_share * job.recipe.num_rounds))
     done = _run_stage(job, "small", small, apply, start, None, min(last, job.num_rounds), key, progress)
     if last < job.num_rounds:
         aware = _aware(apply, job.recipe.study.mc.bits, job.recipe.study.mc.symmetric)
-        done = _run_stage(job, "aware", federation(job.recipe, aware), aware, done, None, job.num_rounds, key, progress)
-    return _trained(job, apply, done, channels, dense.state.mask, difference)
+        learner = federation(job.recipe, aware, teacher)
+        done = _run_stage(job, "aware", learner, aware, done, None, job.num_rounds, key, progress)
+    return _trained(job, apply, done, channels, masked.state.mask, difference)
+
+
+def _teacher(recipe: Recipe, apply: Apply, params: Params) -> LogitsFn | None:
+    """The full model before anything was pruned, where the small one learns from it.
+
+    Its parameters are the server's: under privacy released already, so that asking it costs nothing more.
+    """
+    if recipe.study.mc.label_share == 1:
+        return None
+    return lambda image: apply(params, image)
 
 
 @threads.cached(maxsize=16)  # one function for all models of a shape shares what is compiled for it

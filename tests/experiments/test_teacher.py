@@ -1,0 +1,76 @@
+"""A small model that learns from the full one."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.combinations import training
+from experiments.combinations.federation import build_model, example_loss, hospitals, make_recipe
+from experiments.run import parse
+from fedrobust.federated import latest
+from fedrobust.models import SPECS
+from fedrobust.models.spec import Conv, Dense, GlobalPool, Norm, Relu
+
+COMMAND = "quickstart --scale smoke --poison.malicious-share 0 --train.num-rounds 5 --train.batch-size 8"
+
+
+def tiny(*, num_classes, width, groups):
+    return (Conv(width), Norm(4), Relu(), GlobalPool(), Dense(num_classes))
+
+
+@pytest.fixture
+def setting(monkeypatch):
+    monkeypatch.setitem(SPECS, "small_cnn", tiny)
+    study = parse(COMMAND.split())
+    site = hospitals(study, 0)
+    return study, site, build_model(study, site.splits.train.image.shape[1:], 10)
+
+
+def log_softmax(logits):
+    return logits - logits.max(1, keepdims=True) - np.log(np.exp(logits - logits.max(1, keepdims=True)).sum(1))[:, None]
+
+
+@pytest.mark.parametrize("at", [False, True])
+def test_the_loss_by_hand(setting, at):
+    """At radius 0 the adversarial sample is the image itself, whatever share clean images have."""
+    study, site, model = setting
+    study = replace(study, mc=replace(study.mc, label_share=0.25), at=replace(study.at, eps=0.0))
+    recipe = make_recipe(study, 0, site, plan=None, at=at)
+    image, label = jnp.asarray(site.splits.train.image[:6]), jnp.asarray(site.splits.train.label[:6])
+    params, other = (model.init(jax.random.key(seed), image) for seed in (0, 1))
+    loss = example_loss(recipe, model.apply, jnp.asarray(3), lambda x: model.apply(other, x))
+    found = jax.jit(loss)(jax.random.key(2), params, image, label)
+
+    answer, taught = (log_softmax(np.asarray(model.apply(p, image), np.float64)) for p in (params, other))
+    of_label = -answer[np.arange(6), label]
+    divergence = (np.exp(taught) * (taught - answer)).sum(1)
+    np.testing.assert_allclose(found, 0.25 * of_label + 0.75 * divergence, rtol=1e-5)
+
+
+@pytest.mark.parametrize("label_share", [0.0, 1.0])
+def test_the_teacher_is_the_full_model_before_anything_is_pruned(setting, monkeypatch, tmp_path, label_share):
+    study, site, model = setting
+    study = replace(study, mc=replace(study.mc, label_share=label_share, begin=0.4, end=0.8, num_events=2))
+    asked = []
+    federation = training.federation
+    monkeypatch.setattr(training, "federation", lambda *args: asked.append(args) or federation(*args))
+    recipe = make_recipe(study, 0, site, plan=None, at=False)
+    training.train(
+        training.Job(recipe, site, 0, 5, True, (), "mean", tmp_path, None), model, lambda done, total, figures: None
+    )
+    full, small = asked
+    assert full[2:] in [(), (None,)]
+    if label_share == 1:
+        assert small[2] is None
+        return
+    algorithm = federation(recipe, model.apply)
+    start = training._Saved(
+        algorithm.init(model.init(jax.random.key(0), site.splits.val.image[:1])), np.zeros((22, 3)), np.zeros(())
+    )
+    rounds, saved = latest(tmp_path / "dense", start)
+    assert rounds == 2 and all((x == 1).all() for x in jax.tree.leaves(saved.state.mask))
+    image = site.splits.val.image[:8]
+    np.testing.assert_array_equal(small[2](image), model.apply(saved.state.average, image))
