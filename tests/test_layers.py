@@ -68,7 +68,7 @@ def test_a_room_reaches_only_the_layers_below_it(module):
     own = room(module)
     allowed = {own} | FOUNDATION | ({"trace"} if layer(own) in (2, 3) else set())
     if own == "reporting":
-        allowed = {"reporting", "check", "jsonl"}
+        allowed = {"reporting", "check", "intervals", "jsonl"}
     assert rooms(module) <= allowed
     assert "experiments" not in packages(module)
 

@@ -1,72 +1,11 @@
 """Everything a run of the study of codecs can be told; the command line is generated from it."""
 
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
-from experiments.combinations.settings import DP, Scale, Study, Training, honest_study
+from experiments.combinations.settings import DP, MC, Scale, Study, Training, honest_study
+from experiments.ways import WAYS
 from fedrobust import check
-from fedrobust.compression.codecs import CODECS, error_feedback, quantized
-from fedrobust.types import Codec, Params
-
-
-@dataclass(frozen=True)
-class Way:
-    """How a federation says its updates.
-
-    Attributes:
-        codec: name of a builder in `CODECS`.
-        settings: its settings, as pairs.
-        num_bits: of every number that the codec sends; None for 32.
-        feedback: whether what was not said is said later.
-        both: whether the server says its changes so, too; else it sends float32 parameters.
-        private: whether gradients are clipped and noised, one step a round, before the codec.
-    """
-
-    codec: str
-    settings: tuple[tuple[str, Any], ...] = ()
-    num_bits: int | None = None
-    feedback: bool = False
-    both: bool = False
-    private: bool = False
-
-    def build(self, like: Params) -> Codec:
-        """The codec for a model.
-
-        Args:
-            like: a pytree of `jax.ShapeDtypeStruct`, its parameters.
-        """
-        codec = CODECS[self.codec](like, **dict(self.settings))
-        if self.num_bits is not None:
-            codec = quantized(codec, num_bits=self.num_bits)
-        return error_feedback(codec) if self.feedback else codec
-
-
-def _top_k(share: float, num_bits: int | None = None, **more: bool) -> Way:
-    return Way("top_k", (("share", share),), num_bits, feedback=True, **more)
-
-
-def _random_k(share: float, *, unbiased: bool) -> Way:
-    return Way("random_k", (("share", share), ("unbiased", unbiased)), feedback=not unbiased)
-
-
-WAYS = {
-    "float32": Way("identity"),
-    "top-k": _top_k(0.007),
-    "top-k, 3 bits": _top_k(0.027, 3),
-    "top-k, 1 bit": _top_k(0.035, 1),
-    "top-k, 3 bits, both ways": _top_k(0.027, 3, both=True),
-    "random-k, unbiased": _random_k(0.0098, unbiased=True),
-    "random-k, feedback": _random_k(0.0098, unbiased=False),
-    "QSGD, 1 level": Way("qsgd", (("num_levels", 1),)),
-    "TernGrad": Way("terngrad"),
-    "sign, feedback": Way("sign", feedback=True),
-    "PowerSGD, rank 1": Way("power_sgd", (("rank", 1),), feedback=True),
-    "PowerSGD, rank 1, 8 bits": Way("power_sgd", (("rank", 1),), 8, feedback=True),
-    "DP, float32": Way("identity", private=True),
-    "DP, top-k, 3 bits": _top_k(0.027, 3, private=True),
-}
-"""By the name in tables and on the command line. Shares were chosen by bytes alone, for 100 to 120 times fewer where a
-codec can be set so; accuracy was not looked at."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +32,8 @@ class Codecs:
     """Channels of its first convolution."""
     norm_groups: int = 8
     """Groups of every GroupNorm."""
+    sparsity: float = 0.0
+    """Share of the channels removed between 20 and 40 % of the rounds, in [0, 1): a small model has small updates."""
     checkpoint_every: float = 30.0
     """Seconds between checkpoints of a model in training."""
     train: Training = field(default_factory=Training)
@@ -113,8 +54,9 @@ class Codecs:
             check.one_of("--ways", way, WAYS)
         noise = self.dp.noise  # a server that decodes each update would see it with a share of the noise alone
         check.require(noise == "silo", "--dp.noise", noise, "silo where updates are decoded one by one")
+        check.fraction("--sparsity", self.sparsity, one=False)
         self.study()
 
     def study(self) -> Study:
-        """The settings a model is trained with: all hospitals honest, nothing adversarial, nothing pruned."""
-        return honest_study(self, "codecs", self.dp)
+        """The settings a model is trained with: all hospitals honest, nothing adversarial."""
+        return replace(honest_study(self, "codecs", self.dp), mc=MC(sparsity=self.sparsity, begin=0.2, end=0.4))

@@ -5,18 +5,19 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import jax
 from rich.console import Console
 
-from experiments.codecs.settings import WAYS, Codecs
-from experiments.codecs.training import train
+from experiments.codecs.settings import Codecs
 from experiments.combinations.account import Account, charge_label_counts, note_look, open_account, spent
 from experiments.combinations.federation import Hospitals, build_model, hospitals, make_plan, make_recipe
 from experiments.combinations.row import provenance
 from experiments.combinations.study import config_of, require_same, rows_of
-from experiments.combinations.training import BATCH_SIZE, Progress
+from experiments.combinations.training import BATCH_SIZE, Job, Progress, train
 from experiments.display import Display
 from experiments.files import write_text
-from fedrobust import evaluation, privacy, reporting
+from experiments.ways import WAYS
+from fedrobust import evaluation, privacy, reporting, trees
 
 
 def run(codecs: Codecs, console: Console) -> Path:
@@ -96,13 +97,16 @@ def make_row(
     """
     study, way, splits = codecs.study(), WAYS[name], site.splits
     account = None if plan is None else _opened(codecs, config, f"{name}, seed {seed}", plan, out)
-    recipe = make_recipe(study, seed, site, plan=plan, at=False)
+    recipe = dataclasses.replace(make_recipe(study, seed, site, plan=plan, at=False), way=way)
     model = build_model(study, splits.train.image.shape[1:], splits.train.num_classes)
     folder = out / "work" / f"{list(WAYS).index(name)}-seed{seed}"
-    coded = train(recipe, way, site, seed, model, account, folder, progress)
+    job = Job(recipe, site, seed, recipe.num_rounds, codecs.sparsity > 0, (), "mean", folder, account)
+    trained = train(job, model, progress)
+    full = jax.eval_shape(model.init, jax.random.key(0), splits.val.image[:1])
+    uplink, downlink = trained.sent.tolist()
     figures = {}
     for title, split in (("val", splits.val), ("clean", splits.test)):
-        logits = evaluation.predict(model.apply, coded.params, split.image, BATCH_SIZE)
+        logits = evaluation.predict(trained.apply, trained.params, split.image, BATCH_SIZE)
         figures[title] = evaluation.metrics(logits, split.label)._asdict()
     guarantee = None if account is None or plan is None else dataclasses.asdict(plan) | {"epsilon": spent(account)}
     return {
@@ -112,10 +116,10 @@ def make_row(
         "config": config,
         "config_hash": reporting.config_hash(config),
         **figures,
-        "bytes": {"dense": coded.dense, "uplink": coded.uplink, "downlink": coded.downlink},
+        "bytes": {"dense": 4 * trees.size(full), "uplink": uplink, "downlink": downlink},
         "privacy": guarantee,
-        "history": dict(zip(("round", "loss", "val_accuracy"), coded.history.T.tolist(), strict=True)),
-        "train_seconds": coded.seconds,
+        "history": dict(zip(("round", "loss", "val_accuracy"), trained.history.T.tolist(), strict=True)),
+        "train_seconds": trained.train_seconds,
         **provenance(),
     }
 

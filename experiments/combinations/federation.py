@@ -11,6 +11,7 @@ import numpy as np
 import optax
 
 from experiments.combinations.settings import AT, Study
+from experiments.ways import Way
 from fedrobust import attacks, compression, data, defenses, federated, losses, models, privacy, threads
 from fedrobust.types import Attack, ClientUpdate, Cohort, Federated, GradFn, LogitsFn, Loss, Model, Params
 
@@ -44,6 +45,7 @@ class Recipe:
         plan: the privacy plan of every silo; None without privacy.
         class_weight: weights after the clip, one per class; () without privacy or without label counts.
         num_records: nominal size of a silo, public.
+        way: how updates are said; None: as they are.
     """
 
     study: Study
@@ -52,6 +54,7 @@ class Recipe:
     plan: privacy.Plan | None
     class_weight: tuple[float, ...]
     num_records: float
+    way: Way | None = None
 
     @property
     def num_rounds(self) -> int:
@@ -133,10 +136,29 @@ def cohorts(recipe: Recipe, site: Hospitals, seed: int, malicious: tuple[int, ..
     return data.make_cohorts(train, site.parts, shuffled, seed=seed, malicious=malicious)
 
 
+def federation(recipe: Recipe, apply: Apply, params: Params, teacher: LogitsFn | None = None) -> Federated:
+    """The federated algorithm of a recipe for a model, and for the one it learns from if there is one.
+
+    Args:
+        recipe: how.
+        apply: the model's function.
+        params: of the model; their shapes count, not their values.
+        teacher: the model it learns from.
+    """
+    leaves, structure = jax.tree.flatten(jax.eval_shape(lambda params: params, params))
+    return _federation(recipe, apply, tuple(leaves), structure, teacher)
+
+
 @threads.cached(maxsize=16)  # one compiled round per recipe and model, shared by all rows that differ in neither
-def federation(recipe: Recipe, apply: Apply, teacher: LogitsFn | None = None) -> Federated:
-    """The federated algorithm of a recipe for a model, and for the one it learns from if there is one."""
-    study = recipe.study
+def _federation(
+    recipe: Recipe,
+    apply: Apply,
+    leaves: tuple[jax.ShapeDtypeStruct, ...],
+    structure: jax.tree_util.PyTreeDef,
+    teacher: LogitsFn | None,
+) -> Federated:
+    study, way = recipe.study, recipe.way
+    codec = None if way is None else way.build(jax.tree.unflatten(structure, leaves))
     rule = defenses.AGGREGATORS[study.poison.rule]
     options = {"trim_fraction": study.poison.malicious_share} if study.poison.rule == "trimmed_mean" else {}
     backend = None if study.client_map == "auto" else study.client_map
@@ -147,6 +169,9 @@ def federation(recipe: Recipe, apply: Apply, teacher: LogitsFn | None = None) ->
         lambda fn: federated.map_clients(fn, backend=backend),
         update_attack=attacks.sign_flip(study.poison.scale),
         average_decay=(study.dp if recipe.dp else study.train).average_decay,
+        codec=codec,
+        num_clients=None if way is None else study.clients,
+        downlink=codec if way is not None and way.both else None,
     )
 
 

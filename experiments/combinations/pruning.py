@@ -10,7 +10,7 @@ import numpy as np
 from experiments.combinations.federation import Apply
 from experiments.combinations.settings import MC
 from fedrobust import compression, threads, trees
-from fedrobust.federated import FederatedState
+from fedrobust.federated import CodedState, FederatedState
 from fedrobust.types import Model, Params
 
 TOLERANCE = 1e-5
@@ -55,9 +55,9 @@ def schedule(
 
 
 def shrink(
-    model: Model, channels: compression.Channels, state: FederatedState, image: np.ndarray
+    model: Model, channels: compression.Channels, state: FederatedState | CodedState, image: np.ndarray
 ) -> tuple[Apply, FederatedState, float]:
-    """The small model, and everything the server carries cut to it.
+    """The small model, and everything the server carries cut to it; what senders of codes remember is forgotten.
 
     Args:
         model: the full model.
@@ -84,7 +84,7 @@ def shrink(
         return jax.tree.map(leaf, tree, is_leaf=like_params)
 
     apply = _small_apply(model, image.shape[1:], tuple(num_kept.tolist()))
-    small = cut(state)
+    small = FederatedState(*(cut(getattr(state, name)) for name in FederatedState._fields))
     masked, shrunk = jax.jit(model.apply)(state.params, image), jax.jit(apply)(small.params, image)
     return apply, small, require_equal(masked, shrunk, "the shrunk model")
 

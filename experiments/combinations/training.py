@@ -22,7 +22,7 @@ from experiments.combinations.federation import (
     training_attack,
 )
 from experiments.combinations.settings import AT
-from fedrobust import compression, evaluation, federated, keys, threads
+from fedrobust import compression, evaluation, federated, keys, threads, trees
 from fedrobust.types import LogitsFn, Model, Params
 
 HISTORY_POINTS = 20
@@ -42,6 +42,7 @@ class Trained(NamedTuple):
         masks: what was pruned; None likewise.
         shrink_difference: largest logit difference between masked and small model; None likewise.
         history: [n, 3] float64: round, training loss, accuracy on val; n = 0 with malicious clients, where nobody asks.
+        sent: [2] float64: bytes that a client sent and was sent in a round, mean over rounds and clients.
         train_seconds: wall time spent in rounds, over all runs it took; other trainings may have gone on beside it.
     """
 
@@ -51,6 +52,7 @@ class Trained(NamedTuple):
     masks: Params | None
     shrink_difference: float | None
     history: np.ndarray
+    sent: np.ndarray
     train_seconds: float
 
 
@@ -59,7 +61,13 @@ class _Saved(NamedTuple):
 
     state: Any
     history: np.ndarray  # [HISTORY_POINTS + 2, 3], NaN where not reached
+    sent: np.ndarray  # [num_rounds, 2], bytes up and down, NaN where not reached
     seconds: np.ndarray  # []
+
+
+def _nothing(num_rounds: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """History, what was sent, and seconds before the first round."""
+    return np.full((HISTORY_POINTS + 2, 3), np.nan), np.full((num_rounds, 2), np.nan), np.zeros(())
 
 
 class Job(NamedTuple):
@@ -102,10 +110,9 @@ def train(job: Job, model: Model, progress: Progress) -> Trained:
     key = keys.stream(keys.root(job.seed), "train")
     example = jnp.zeros((1, *job.site.splits.train.image.shape[1:]))
     params = model.init(keys.stream(keys.root(job.seed), "init"), example)
-    algorithm = federation(job.recipe, model.apply)
+    algorithm = federation(job.recipe, model.apply, params)
     state = _chosen(algorithm.init(params), job.rule)
-    history = np.full((HISTORY_POINTS + 2, 3), np.nan)
-    start = _Saved(state, history, np.zeros(()))
+    start = _Saved(state, *_nothing(job.recipe.num_rounds))
     if not job.compress:
         done = _run_stage(job, "dense", algorithm, model.apply, start, None, job.num_rounds, key, progress)
         return _trained(job, model.apply, done, None, None, None)
@@ -118,13 +125,13 @@ def train(job: Job, model: Model, progress: Progress) -> Trained:
     with threads.COMPILING:
         apply, small_state, difference = pruning.shrink(model, channels, masked.state, image)
     teacher = _teacher(job.recipe, model.apply, dense.state.average)
-    small = federation(job.recipe, apply, teacher)
-    start = masked._replace(state=small_state)
+    small = federation(job.recipe, apply, small_state.params, teacher)
+    start = masked._replace(state=small.init(small_state.params)._replace(**small_state._asdict()))
     last = max(end, job.recipe.num_rounds - round(job.recipe.study.mc.aware_share * job.recipe.num_rounds))
     done = _run_stage(job, "small", small, apply, start, None, min(last, job.num_rounds), key, progress)
     if last < job.num_rounds:
         aware = _aware(apply, job.recipe.study.mc.bits, job.recipe.study.mc.symmetric)
-        learner = federation(job.recipe, aware, teacher)
+        learner = federation(job.recipe, aware, small_state.params, teacher)
         done = _run_stage(job, "aware", learner, aware, done, None, job.num_rounds, key, progress)
     return _trained(job, apply, done, channels, masked.state.mask, difference)
 
@@ -158,7 +165,8 @@ def _trained(
     if job.recipe.study.calibrate and job.site.splits.val.num_classes == 2:
         note_look(job.account, "calibration data")
         params = calibrated(job, apply, params)
-    return Trained(apply, params, channels, masks, difference, history, float(done.seconds))
+    sent = np.nanmean(done.sent, axis=0)
+    return Trained(apply, params, channels, masks, difference, history, sent, float(done.seconds))
 
 
 def calibrated(job: Job, apply: Apply, params: Params) -> Params:
@@ -192,7 +200,7 @@ def _attacked(
     return training_attack(settings, settings.eps)(key, lambda x: apply(params, x), image, label)
 
 
-def _chosen(state: federated.FederatedState, rule: str) -> federated.FederatedState:
+def _chosen(state: Any, rule: str) -> Any:
     aggregator = state.aggregator._replace(chosen=jnp.asarray(RULES.index(rule), jnp.int32))
     return state._replace(aggregator=aggregator)
 
@@ -203,7 +211,7 @@ def _run_stage(
     algorithm: Any,
     apply: Apply,
     start: _Saved,
-    prune: Callable[[federated.FederatedState, int], federated.FederatedState] | None,
+    prune: Callable[[Any, int], Any] | None,
     num_rounds: int,
     key: jax.Array,
     progress: Progress,
@@ -216,8 +224,9 @@ def _run_stage(
     every = max(1, -(-total // HISTORY_POINTS))
     draw = charged(job.account, total, cohorts(job.recipe, job.site, job.seed, job.malicious))
     began, last_saved = time.perf_counter(), time.perf_counter()
-    state, history = saved.state, saved.history.copy()
+    state, history, sent = saved.state, saved.history.copy(), saved.sent.copy()
     for done, state, info in federated.rounds(algorithm, saved.state, draw, key, num_rounds, between=prune):
+        sent[done - 1] = _bytes(info.sent, state.params)
         if (done % every == 0 or done == total) and not job.malicious:
             val = job.site.splits.val
             logits = evaluation.predict(apply, state.average, val.image, BATCH_SIZE)
@@ -229,10 +238,20 @@ def _run_stage(
         now = time.perf_counter()
         if done == num_rounds or now - last_saved >= job.recipe.study.checkpoint_every:
             seconds = np.asarray(saved.seconds + (now - began))
-            federated.save(folder, done, _Saved(state, history, seconds))
+            federated.save(folder, done, _Saved(state, history, sent, seconds))
             last_saved = now
     seconds = np.asarray(saved.seconds + (time.perf_counter() - began))
-    return _Saved(state, history, seconds)
+    return _Saved(state, history, sent, seconds)
+
+
+def _bytes(sent: federated.Sent, params: Params) -> tuple[float, float]:
+    """Bytes from a client, mean over those present, and to a client; of float32 parameters where nothing is coded."""
+    as_it_is = 4.0 * trees.size(params)
+    uplink, downlink = (np.asarray(way) for way in sent)
+    return (
+        uplink[uplink > 0].mean() / 8 if uplink.size else as_it_is,
+        float(downlink) / 8 if downlink.size else as_it_is,
+    )
 
 
 def _present_mean(info: federated.RoundInfo) -> float:

@@ -6,9 +6,9 @@ import pytest
 
 from experiments.codecs import study as codec_module
 from experiments.codecs.presets import preset
-from experiments.codecs.settings import WAYS, Way
 from experiments.display import Display
 from experiments.run import main, parse
+from experiments.ways import WAYS, Way
 from fedrobust import reporting
 from fedrobust.models import SPECS
 from fedrobust.models.spec import Conv, Dense, GlobalPool, Relu
@@ -96,6 +96,7 @@ def test_presets_and_overrides():
         (["--ways", "gzip"], "--ways"),
         (["--ways", "float32", "float32"], "--ways"),
         (["--seeds", "-1"], "--seeds"),
+        (["--sparsity", "1"], "--sparsity"),
         (["--dp.noise", "secure_sum"], "--dp.noise"),
         (["--train.num-rounds", "0"], "--train.num-rounds"),
         (["--dataset", "no_such_set"], "no_such_set"),

@@ -1,4 +1,4 @@
-"""A small model that learns from the full one."""
+"""A model that gets smaller while it trains: what it learns from, what it sends."""
 
 from dataclasses import replace
 
@@ -10,6 +10,8 @@ import pytest
 from experiments.combinations import training
 from experiments.combinations.federation import build_model, example_loss, hospitals, make_recipe
 from experiments.run import parse
+from experiments.ways import WAYS
+from fedrobust import trees
 from fedrobust.federated import latest
 from fedrobust.models import SPECS
 from fedrobust.models.spec import Conv, Dense, GlobalPool, Norm, Relu
@@ -50,27 +52,44 @@ def test_the_loss_by_hand(setting, at):
     np.testing.assert_allclose(found, 0.25 * of_label + 0.75 * divergence, rtol=1e-5)
 
 
-@pytest.mark.parametrize("label_share", [0.0, 1.0])
-def test_the_teacher_is_the_full_model_before_anything_is_pruned(setting, monkeypatch, tmp_path, label_share):
+def test_the_teacher_is_the_full_model_before_anything_is_pruned(setting, monkeypatch, tmp_path):
     study, site, model = setting
-    study = replace(study, mc=replace(study.mc, label_share=label_share, begin=0.4, end=0.8, num_events=2))
+    study = replace(study, mc=replace(study.mc, label_share=0.0, begin=0.4, end=0.8, num_events=2))
     asked = []
     federation = training.federation
     monkeypatch.setattr(training, "federation", lambda *args: asked.append(args) or federation(*args))
     recipe = make_recipe(study, 0, site, plan=None, at=False)
-    training.train(
-        training.Job(recipe, site, 0, 5, True, (), "mean", tmp_path, None), model, lambda done, total, figures: None
-    )
-    full, small = asked
-    assert full[2:] in [(), (None,)]
-    if label_share == 1:
-        assert small[2] is None
-        return
-    algorithm = federation(recipe, model.apply)
-    start = training._Saved(
-        algorithm.init(model.init(jax.random.key(0), site.splits.val.image[:1])), np.zeros((22, 3)), np.zeros(())
-    )
-    rounds, saved = latest(tmp_path / "dense", start)
+    job = training.Job(recipe, site, 0, 5, True, (), "mean", tmp_path, None)
+    training.train(job, model, lambda done, total, figures: None)
+    (_, _, params), (_, _, small, teacher) = asked
+    assert trees.size(small) < trees.size(params)
+    state = federation(recipe, model.apply, params).init(params)
+    rounds, saved = latest(tmp_path / "dense", training._Saved(state, *training._nothing(5)))
     assert rounds == 2 and all((x == 1).all() for x in jax.tree.leaves(saved.state.mask))
     image = site.splits.val.image[:8]
-    np.testing.assert_array_equal(small[2](image), model.apply(saved.state.average, image))
+    np.testing.assert_array_equal(teacher(image), model.apply(saved.state.average, image))
+
+
+def test_labels_alone_need_no_teacher(setting):
+    study, site, model = setting
+    assert training._teacher(make_recipe(study, 0, site, plan=None, at=False), model.apply, {}) is None
+
+
+def num_bytes(way, params):
+    codec = way.build(params)
+    code, _ = codec.encode(jax.random.key(0), codec.init(params), params)
+    return float(codec.num_bits(code)) / 8
+
+
+def test_a_model_that_gets_smaller_sends_less_in_every_code(setting, tmp_path):
+    """Two rounds of five go by before the last event, and the last three are of the small model."""
+    study, site, model = setting
+    study = replace(study, mc=replace(study.mc, sparsity=0.5, begin=0.2, end=0.4, num_events=1))
+    way = replace(WAYS["sign, feedback"], both=True)
+    recipe = replace(make_recipe(study, 0, site, plan=None, at=False), way=way)
+    job = training.Job(recipe, site, 0, 5, True, (), "mean", tmp_path, None)
+    trained = training.train(job, model, lambda done, total, figures: None)
+    full = model.init(jax.random.key(0), site.splits.val.image[:1])
+    assert trees.size(trained.params) < trees.size(full)
+    expected = (2 * num_bytes(way, full) + 3 * num_bytes(way, trained.params)) / 5
+    np.testing.assert_allclose(trained.sent, [expected, expected], rtol=1e-6)
