@@ -255,12 +255,10 @@ class Study:
             self.dp.noise,
             "silo, unless --poison.malicious-share is 0: a robust rule reads every update, a secure sum shows none",
         )
-        check.require(
-            self.mc.end < self.poison.rounds_share <= 1,
-            "--poison.rounds-share",
-            self.poison.rounds_share,
-            f"in (--mc.end = {self.mc.end}, 1]",
-        )
+        share = self.poison.rounds_share
+        check.fraction("--poison.rounds-share", share, zero=False)
+        after_pruning = share > self.mc.end or not self.malicious
+        check.require(after_pruning, "--poison.rounds-share", share, f"in (--mc.end = {self.mc.end}, 1]")
         self._check_attack()
 
     def _check_compression(self) -> None:

@@ -95,6 +95,8 @@ BAD_SETTINGS = [
     ("quickstart --mc.sparsity 1", "--mc.sparsity"),
     ("quickstart --mc.sparsity -0.1", "--mc.sparsity"),
     ("quickstart --mc.aware-share -0.1", "--mc.aware-share"),
+    ("quickstart --poison.rounds-share 0", "--poison.rounds-share"),
+    ("quickstart --mc.end 0.6 --poison.rounds-share 0.6", "--poison.rounds-share"),
     ("quickstart --mc.label-share 1.1", "--mc.label-share"),
     ("quickstart --mc.aware-share 0.9", "--mc.aware-share"),  # pruning ends after 0.15 of the rounds
     ("quickstart --mc.begin 0.6 --mc.end 0.5", "--mc.begin"),
