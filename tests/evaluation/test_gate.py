@@ -57,7 +57,7 @@ MODELS = {
     "tanh": dense(48, activation=jnp.tanh),
     "max pool": convolutional(ops.max_pool),
     "mean pool": convolutional(ops.avg_pool),
-    "many": dense(512, 512, 512, activation=winners),
+    "many": dense(256, 256, 256, activation=winners),
 }
 HONEST = ("linear", "relu", "tanh", "max pool", "mean pool")
 
@@ -95,7 +95,7 @@ def failed(checks):
 
 
 @pytest.mark.parametrize(
-    "name", [HONEST[0], *(pytest.param(name, marks=pytest.mark.slow) for name in HONEST[1:-1]), HONEST[-1]]
+    "name", ["relu", *(pytest.param(name, marks=pytest.mark.slow) for name in HONEST if name != "relu")]
 )
 def test_an_honest_adversarially_trained_model_passes(name):
     checks = verdict(MODELS[name][1], trained(name))
@@ -168,5 +168,5 @@ def test_a_broken_defense_is_flagged(name):
 
 
 def test_a_radius_that_is_never_reached_is_flagged():
-    short = {name: lambda eps, probe=probe: probe(0.3 * eps) for name, probe in PROBE.items()}
+    short = dict.fromkeys(PROBE, lambda eps: PROBE["pgd"](0.3 * eps))  # one for all: compiled once
     assert "the_radius_is_used_up" in failed(verdict(RELU, trained("relu"), short))
