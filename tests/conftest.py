@@ -1,11 +1,9 @@
-"""Eight virtual CPU devices for every test, nothing computed twice, and the real data where it is at hand."""
+"""Eight virtual CPU devices for every test, nothing compiled twice, and the real data where it is at hand."""
 
-import functools
 import os
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
-from typing import ClassVar
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -16,43 +14,11 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # of this run alone, for all 
 
 import jax
 import pytest
-from dp_accounting import pld
 from hypothesis import settings
 from jax._src import compiler
 
 settings.register_profile("fixed", derandomize=True, deadline=None)
 settings.load_profile("fixed")
-
-
-class _Remembering(pld.PLDAccountant):
-    """Composes only what no test has asked before: of the same events dp-accounting says the same."""
-
-    said: ClassVar[dict[str, float]] = {}
-    get_delta = None
-
-    def __init__(self, *args, **settings):
-        super().__init__(*args, **settings)
-        self._asked, self._waiting = [repr((args, settings))], []
-
-    def compose(self, event, count=1):
-        if not self.supports(event):
-            return super().compose(event, count)  # which raises
-        self._asked.append(repr((event, count)))
-        self._waiting.append((event, count))
-        return self
-
-    def get_epsilon(self, target_delta):
-        question = repr((self._asked, target_delta))
-        if question not in self.said:
-            while self._waiting:
-                super().compose(*self._waiting.pop(0))
-            self.said[question] = super().get_epsilon(target_delta)
-        return self.said[question]
-
-
-pld.PLDAccountant = _Remembering
-_losses = pld.privacy_loss_distribution  # half the time of an accountant, whatever the number of steps
-_losses.from_gaussian_mechanism = functools.lru_cache(maxsize=8)(_losses.from_gaussian_mechanism)
 
 
 @pytest.fixture(scope="session")
