@@ -33,7 +33,7 @@ def test_bad_counts_are_named(count, total, confidence):
 
 def test_the_interval_of_a_mean_by_hand_and_by_how_often_it_misses():
     """Two values, one degree of freedom: t is Cauchy, its 97.5 % quantile tan(0.475 pi)."""
-    half = np.tan(0.475 * np.pi) * np.sqrt(2) / np.sqrt(2)
+    half = np.tan(0.475 * np.pi)  # times a standard error of 1
     assert intervals.of_mean([3.0, 5.0], 0.95) == pytest.approx((4 - half, 4 + half))
     draws = np.random.default_rng(0).normal(7.0, 2.0, (2000, 4))
     bounds = np.array([intervals.of_mean(values, 0.9) for values in draws])

@@ -13,6 +13,8 @@ from fedrobust import compression, threads, trees
 from fedrobust.federated import CodedState, FederatedState
 from fedrobust.types import Model, Params
 
+State = FederatedState | CodedState
+
 TOLERANCE = 1e-5
 """Largest difference between logits that must be equal, over the largest logit or 1, at which a run goes on."""
 
@@ -31,7 +33,7 @@ def channels(model: Model, image_shape: tuple[int, ...]) -> compression.Channels
 
 def schedule(
     settings: MC, channels: compression.Channels, num_rounds: int
-) -> tuple[Callable[[FederatedState, int], FederatedState], int, int]:
+) -> tuple[Callable[[State, int], State], int, int]:
     """When the masks are renewed.
 
     Returns:
@@ -43,7 +45,7 @@ def schedule(
     every = max(1, (end - begin) // settings.num_events)
     sparsity = compression.cubic_sparsity(final=settings.sparsity, begin=begin, end=end, every=every)
 
-    def prune(state: FederatedState, rounds_done: int) -> FederatedState:
+    def prune(state: State, rounds_done: int) -> State:
         # Scores come from the server's parameters, which under privacy are public already: masks cost nothing.
         if sparsity(rounds_done) == sparsity(rounds_done - 1):
             return state
@@ -55,7 +57,7 @@ def schedule(
 
 
 def shrink(
-    model: Model, channels: compression.Channels, state: FederatedState | CodedState, image: np.ndarray
+    model: Model, channels: compression.Channels, state: State, image: np.ndarray
 ) -> tuple[Apply, FederatedState, float]:
     """The small model, and everything the server carries cut to it; what senders of codes remember is forgotten.
 

@@ -200,7 +200,7 @@ def _attacked(
     return training_attack(settings, settings.eps)(key, lambda x: apply(params, x), image, label)
 
 
-def _chosen(state: Any, rule: str) -> Any:
+def _chosen(state: pruning.State, rule: str) -> pruning.State:
     aggregator = state.aggregator._replace(chosen=jnp.asarray(RULES.index(rule), jnp.int32))
     return state._replace(aggregator=aggregator)
 
@@ -211,7 +211,7 @@ def _run_stage(
     algorithm: Any,
     apply: Apply,
     start: _Saved,
-    prune: Callable[[Any, int], Any] | None,
+    prune: Callable[[pruning.State, int], pruning.State] | None,
     num_rounds: int,
     key: jax.Array,
     progress: Progress,

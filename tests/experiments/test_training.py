@@ -52,6 +52,20 @@ def test_the_loss_by_hand(setting, at):
     np.testing.assert_allclose(found, 0.25 * of_label + 0.75 * divergence, rtol=1e-5)
 
 
+def test_under_adversarial_training_the_sample_moves_the_answer_away_from_the_teachers(setting):
+    """Without the attack, or with one on something else, the loss at the full radius would be that of the image."""
+    study, site, model = setting
+    study = replace(study, mc=replace(study.mc, label_share=0.0), at=replace(study.at, eps=0.1, clean_share=0.0))
+    image, label = jnp.asarray(site.splits.train.image[:6]), jnp.asarray(site.splits.train.label[:6])
+    params, other = (model.init(jax.random.key(seed), image) for seed in (0, 1))
+    values = []
+    for at in (False, True):
+        recipe = make_recipe(study, 0, site, plan=None, at=at)
+        loss = example_loss(recipe, model.apply, jnp.asarray(recipe.num_rounds - 1), lambda x: model.apply(other, x))
+        values.append(np.asarray(jax.jit(loss)(jax.random.key(2), params, image, label)))
+    assert (values[1] > values[0] + 1e-3).all()
+
+
 def test_the_teacher_is_the_full_model_before_anything_is_pruned(setting, monkeypatch, tmp_path):
     study, site, model = setting
     study = replace(study, mc=replace(study.mc, label_share=0.0, begin=0.4, end=0.8, num_events=2))
