@@ -6,6 +6,7 @@ python -m experiments.run epsilon_curve --dataset pneumonia_mnist
 python -m experiments.run codecs --dataset pneumonia_mnist --seeds 0 1 2
 python -m experiments.run combinations --help
 python -m experiments.run audit
+python -m experiments.run attack --models results/combinations-pneumonia_mnist-cpu --attack.suite auto_attack
 """
 
 import contextlib
@@ -19,6 +20,8 @@ from typing import Any, NamedTuple
 import tyro
 from rich.console import Console
 
+import experiments.attack.settings as attack_settings
+import experiments.attack.study as attack_study
 import experiments.audit.settings as audit_settings
 import experiments.audit.study as audit_study
 import experiments.codecs.presets as codec_presets
@@ -55,6 +58,8 @@ COMMANDS = {
     "epsilon_curve": Command(curve_presets.preset, _shown(curve_study.run)),
     "codecs": Command(codec_presets.preset, _shown(codec_study.run)),
     "audit": Command(functools.partial(audit_settings.audit_preset, "audit"), audit_study.run),
+    # Data set and scale are those of the models.
+    "attack": Command(lambda _dataset, _scale: attack_settings.Attacking(), _shown(attack_study.run)),
 }
 
 

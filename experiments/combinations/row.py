@@ -188,7 +188,7 @@ def _threats(settings: AttackSettings, num_classes: int) -> tuple[evaluation.Thr
         return tuple(threat(found.name, member(i)) for i, found in enumerate(suite(1.0).members))
     return (
         threat("fgsm", lambda eps: pgd(eps, 1, eps, 1)),
-        threat("pgd", lambda eps: pgd(eps, settings.num_steps, eps / 4, settings.num_restarts)),
+        threat("pgd", lambda eps: pgd(eps, settings.num_steps, eps * settings.relative_step, settings.num_restarts)),
     )
 
 

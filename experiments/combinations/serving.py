@@ -90,11 +90,25 @@ def finish(
         path, served.params, channels=trained.channels, masks=trained.masks, ranges=served.ranges,
         guarantee={"privacy": guarantee},
     )  # fmt: skip
-    full = jax.eval_shape(model.init, jax.random.key(0), image[:1])
-    found = compression.stored(path, model.apply, full, image[:1])
-    file_apply, file_params = runnable(found.apply, Served(found.params, found.ranges))
+    file_apply, file_params, _ = from_file(model, path, image)
     # One function for all models of a shape shares what is compiled for it; the file's own must agree with it.
     apply, _ = runnable(trained.apply, served)
     in_file, measured = jax.jit(file_apply)(file_params, image), jax.jit(apply)(file_params, image)
     require_equal(in_file, measured, str(path))
     return Final(apply, file_params, size)
+
+
+def from_file(model: Model, path: Path, image: np.ndarray) -> Final:
+    """The model in a file that `finish` wrote.
+
+    Args:
+        model: the full architecture.
+        path: of the file.
+        image: [B,H,W,C], of the shape the model is asked about.
+
+    Raises:
+        ValueError: no such file, or not of this architecture.
+    """
+    full = jax.eval_shape(model.init, jax.random.key(0), image[:1])
+    found = compression.stored(path, model.apply, full, image[:1])
+    return Final(*runnable(found.apply, Served(found.params, found.ranges)), path.stat().st_size)

@@ -3,7 +3,8 @@
 All of it is frozen dataclasses; the command line is generated from them, help texts included.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from fedrobust import check
@@ -126,7 +127,9 @@ class Attack:
     eps: tuple[float, ...] = (2 / 255, 4 / 255, 8 / 255)
     """Linf radii."""
     num_steps: int = 20
-    """PGD steps, each a quarter of the radius (FGSM is run beside it)."""
+    """PGD steps (FGSM is run beside it)."""
+    relative_step: float = 0.25
+    """Length of a PGD step over the radius."""
     num_restarts: int = 1
     """Random starts of PGD."""
     suite: Literal["pgd", "auto_attack"] = "pgd"
@@ -134,6 +137,22 @@ class Attack:
     before, smaller radii on what larger ones broke."""
     gate_examples: int = 0
     """Test images about which the whole gate asks, at the largest radius; 0: about outputs and gradients only."""
+
+    def __post_init__(self) -> None:
+        """Checks every setting.
+
+        Raises:
+            ValueError: one line, under the name the setting has on the command line.
+        """
+        check.require(len(self.eps) > 0, "--attack.eps", self.eps, "at least one radius")
+        for eps in self.eps:
+            check.positive("--attack.eps", eps)
+        check.at_least("--attack.num-steps", self.num_steps, 1)
+        check.positive("--attack.relative-step", self.relative_step)
+        check.at_least("--attack.num-restarts", self.num_restarts, 1)
+        check.one_of("--attack.suite", self.suite, ("pgd", "auto_attack"))
+        examples = self.gate_examples
+        check.require(examples == 0 or examples >= 2, "--attack.gate-examples", examples, "0 or a whole number >= 2")
 
 
 @dataclass(frozen=True)
@@ -259,7 +278,6 @@ class Study:
         check.fraction("--poison.rounds-share", share, zero=False)
         after_pruning = share > self.mc.end or not self.malicious
         check.require(after_pruning, "--poison.rounds-share", share, f"in (--mc.end = {self.mc.end}, 1]")
-        self._check_attack()
 
     def _check_compression(self) -> None:
         check.fraction("--mc.sparsity", self.mc.sparsity, one=False)
@@ -279,13 +297,27 @@ class Study:
             f"in [0, 1 - --mc.end = {1 - self.mc.end:g}]",
         )
 
-    def _check_attack(self) -> None:
-        check.require(len(self.attack.eps) > 0, "--attack.eps", self.attack.eps, "at least one radius")
-        for eps in self.attack.eps:
-            check.positive("--attack.eps", eps)
-        check.one_of("--attack.suite", self.attack.suite, ("pgd", "auto_attack"))
-        examples = self.attack.gate_examples
-        check.require(examples == 0 or examples >= 2, "--attack.gate-examples", examples, "0 or a whole number >= 2")
+
+def study_of(config: Mapping[str, Any]) -> Study:
+    """The study whose settings a row or a folder holds, as `dataclasses.asdict` and JSON left them.
+
+    Raises:
+        ValueError: a setting that there is none of, or a value that is not allowed.
+    """
+    return _restored(Study, config)
+
+
+def _restored(kind: Any, values: Mapping[str, Any]) -> Any:
+    known = {setting.name: setting for setting in fields(kind)}
+    for name in values:
+        check.one_of("setting", name, known)
+
+    def value(name: str, found: Any) -> Any:
+        if isinstance(found, Mapping):
+            return _restored(known[name].default_factory, found)
+        return tuple(found) if isinstance(found, list) else found
+
+    return kind(**{name: value(name, found) for name, found in values.items()})
 
 
 _SHARED = (
@@ -319,7 +351,6 @@ _WHOLE = {
     "dp": ("num_rounds", "microbatch_size"),
     "at": ("num_steps",),
     "mc": ("num_events",),
-    "attack": ("num_steps", "num_restarts"),
 }
 _POSITIVE = {
     "train": ("learning_rate",),

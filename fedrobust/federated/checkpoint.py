@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import chex
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -30,6 +31,9 @@ def latest(folder: Path, like: Any) -> tuple[int, Any] | None:
 
     Returns:
         `(step, state)`, or None where nothing was saved.
+
+    Raises:
+        ValueError: what was saved has another structure or other shapes, or is damaged.
     """
     if not folder.is_dir():
         return None
@@ -38,7 +42,12 @@ def latest(folder: Path, like: Any) -> tuple[int, Any] | None:
         if step is None:
             return None
         target = jax.tree.map(np.asarray, like)
-        return step, manager.restore(step, args=ocp.args.StandardRestore(target))
+        try:
+            state = manager.restore(step, args=ocp.args.StandardRestore(target))
+            chex.assert_trees_all_equal_shapes_and_dtypes(state, target)
+        except (ValueError, KeyError, TypeError, AssertionError) as error:
+            raise ValueError(f"checkpoint {folder / str(step)} is damaged or of another training: remove it") from error
+        return step, state
 
 
 def _manager(folder: Path) -> ocp.CheckpointManager:

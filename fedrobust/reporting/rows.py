@@ -55,7 +55,8 @@ Row = dict[str, Any]
   made since 2026-11-28 also have `peak_bytes`, `latency_p95_ms`, and of one image `latency_1_ms`, `latency_1_p95_ms`
 - `privacy`: None, or at least `epsilon`, `delta`, `unit`, `relation`, `sampling`
 - `history`: `round`, `loss`, `val_accuracy`: lists of one length
-- `train_seconds`: float; `versions`: dict; `device`: str
+- `train_seconds`: float; `versions`: dict; `device`: str; where it was attacked again later, `attacked_with`: both of
+  these
 """
 
 FIELDS: Mapping[str, tuple[str, ...]] = {

@@ -143,6 +143,15 @@ def test_nothing_saved_is_none(tmp_path):
     assert not (tmp_path / "missing").exists()
 
 
+@pytest.mark.parametrize(
+    "other", [{"w": np.zeros(3)}, {"w": np.zeros(2), "b": np.zeros((2, 2))}, {"w": np.zeros(2), "c": {"d": np.ones(4)}}]
+)
+def test_the_state_of_another_training_is_one_line(other, tmp_path):
+    save(tmp_path, 3, other)
+    with pytest.raises(ValueError, match=r"^checkpoint .*3 is damaged or of another training: remove it$"):
+        latest(tmp_path, {"w": np.zeros(2), "b": np.zeros(2)})
+
+
 def test_the_last_whole_state_is_restored_with_its_structure_and_dtypes(tmp_path):
     algorithm = build(private=False)
     state = algorithm.init(PARAMS)

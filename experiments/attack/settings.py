@@ -1,0 +1,35 @@
+"""Everything that attacking a study's models can be told; the command line is generated from it."""
+
+from dataclasses import dataclass, field
+
+from experiments.combinations.settings import COMBINATIONS, Attack
+from fedrobust import check
+
+
+@dataclass(frozen=True)
+class Attacking:
+    """One run: every model of the folders, or those that are named."""
+
+    models: tuple[str, ...] = ("results/quickstart-digits-cpu",)
+    """Folders that the study left (its --out), all of one configuration; several where seeds were trained apart."""
+    data_dir: str | None = None
+    """Folder of prepared TFDS sets (default: TFDS_DATA_DIR, else ~/tensorflow_datasets)."""
+    out: str | None = None
+    """Folder for rows, tables and figures (default: results/attack-NAME-SUITE, NAME that of the first folder)."""
+    seeds: tuple[int, ...] = ()
+    """Which seeds (default: all there are)."""
+    combinations: tuple[str, ...] = ()
+    """Which combinations (default: all there are)."""
+    attack: Attack = field(default_factory=lambda: Attack(suite="auto_attack", gate_examples=128))
+    """Attacks at inference time."""
+
+    def __post_init__(self) -> None:
+        """Checks every setting.
+
+        Raises:
+            ValueError: one line, under the name the setting has on the command line.
+        """
+        check.require(len(self.models) > 0, "--models", self.models, "at least one folder that a study left")
+        for combination in self.combinations:
+            check.one_of("--combinations", combination, COMBINATIONS)
+        check.require(len(set(self.seeds)) == len(self.seeds), "--seeds", self.seeds, "none twice")

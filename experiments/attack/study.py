@@ -1,0 +1,143 @@
+"""Rows of a study, attacked again, one after the other, resumable."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from rich.console import Console
+
+from experiments.attack.settings import Attacking
+from experiments.combinations.federation import build_model
+from experiments.combinations.row import provenance, robustness
+from experiments.combinations.serving import from_file
+from experiments.combinations.settings import COMBINATIONS, Study, study_of
+from experiments.combinations.study import config_of, report, require_same, rows_of
+from experiments.combinations.training import BATCH_SIZE
+from experiments.display import Display
+from fedrobust import check, compression, data, evaluation, keys, reporting
+from fedrobust.types import Dataset
+
+TOLERANCE = 0.005
+"""By how much a model's clean figures may differ from its row's: another machine rounds otherwise."""
+_CLEAN = ("accuracy", "balanced_accuracy", "auc")
+
+
+class Case(NamedTuple):
+    """One model to attack. Attributes: row, what its study says of it; path, its file."""
+
+    row: reporting.Row
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """As its file is called."""
+        return self.path.stem
+
+
+def run(attacking: Attacking, console: Console) -> Path:
+    """Attacks the models that were not yet, then writes tables and figures.
+
+    Args:
+        attacking: the settings.
+        console: where progress and the table are shown.
+
+    Returns:
+        The folder that holds `rows.jsonl` and what `combinations` makes of it. A row is the study's, with what was
+        measured now in place of `robust` and `checks`, and `attacked_with`: the versions and the device of it.
+
+    Raises:
+        ValueError: bad settings or data, damaged models, or a folder that holds rows of another configuration; nothing
+            is written. A model that is not the one its row speaks of; rows before it are kept.
+    """
+    cases = find(attacking)
+    first = Path(attacking.models[0]).resolve().name
+    out = Path(attacking.out or f"results/attack-{first}-{attacking.attack.suite}")
+    study = dataclasses.replace(study_of(cases[0].row["config"]), attack=attacking.attack, data_dir=attacking.data_dir)
+    config = config_of(study)
+    require_same(out, config)
+    test = data.load(study.dataset, data_dir=study.data_dir).test
+    done = {_name(row) for row in rows_of(out, config)}
+    todo = [case for case in cases if case.name not in done]
+    with Display(console, len(cases), len(cases) - len(todo)) as display:
+        for case in todo:
+            attacked = display.row(case.name)("attacks")
+            attacked(0, 1, {})
+            reporting.append(out / "rows.jsonl", attack(study, config, case, test))
+            display.advance()
+    report(out, console)
+    return out
+
+
+def find(attacking: Attacking) -> Sequence[Case]:
+    """The models that are asked for, by seed, then in the order their folders have them.
+
+    Raises:
+        ValueError: a folder without rows, rows of several configurations, a row or a model that is not there, or a
+            damaged one.
+    """
+    cases: dict[str, Case] = {}
+    for folder in map(Path, attacking.models):
+        rows = reporting.read(folder / "rows.jsonl")
+        usable = len(rows) > 0 and all("combination" in row for row in rows)
+        check.require(usable, "--models", str(folder), "a folder with rows of the study combinations")
+        for row in rows:
+            case = Case(row, folder / "models" / f"{_name(row)}.safetensors")
+            check.require(case.name not in cases, "--models", str(folder), f"the only folder with {case.name}")
+            cases[case.name] = case
+    hashes = {case.row["config_hash"] for case in cases.values()}
+    check.require(len(hashes) == 1, "--models", attacking.models, "folders of one configuration")
+    for seed in attacking.seeds:
+        check.one_of("--seeds", seed, {case.row["seed"] for case in cases.values()})
+    for combination in attacking.combinations:
+        check.one_of("--combinations", combination, {_combination(case.row) for case in cases.values()})
+    wanted = [
+        case
+        for case in cases.values()
+        if case.row["seed"] in (attacking.seeds or (case.row["seed"],))
+        and _combination(case.row) in (attacking.combinations or COMBINATIONS)
+    ]
+    for case in wanted:
+        check.require(case.path.is_file(), "--models", str(case.path), "a file that is there, as its row is")
+        compression.guarantee(case.path)  # a damaged file is an error before anything is written
+    return sorted(wanted, key=lambda case: case.row["seed"])
+
+
+def attack(study: Study, config: dict[str, Any], case: Case, test: Dataset) -> reporting.Row:
+    """One model's row, with what the attacks find now.
+
+    Raises:
+        ValueError: the model is not the one that its row speaks of.
+    """
+    model = build_model(study, test.image.shape[1:], test.num_classes)
+    final = from_file(model, case.path, test.image[:BATCH_SIZE])
+    clean = evaluation.metrics(evaluation.predict(final.apply, final.params, test.image, BATCH_SIZE), test.label)
+    found, said = (
+        np.asarray([figures[name] for name in _CLEAN], float) for figures in (clean._asdict(), case.row["clean"])
+    )
+    same = np.allclose(found, said, rtol=0, atol=TOLERANCE, equal_nan=True)
+    check.require(
+        same,
+        f"{case.path}: {', '.join(_CLEAN)}",
+        found.round(3).tolist(),
+        f"its row's {said.round(3).tolist()}",
+    )
+    robust, checks = robustness(study.attack, final, test, keys.stream(keys.root(case.row["seed"]), "evaluate"))
+    return {
+        **case.row,
+        "config": config,
+        "config_hash": reporting.config_hash(config),
+        "clean": clean._asdict(),
+        "robust": robust,
+        "checks": checks,
+        "attacked_with": provenance(),
+    }
+
+
+def _name(row: reporting.Row) -> str:
+    return f"{_combination(row)}-seed{row['seed']}"
+
+
+def _combination(row: reporting.Row) -> str:
+    return reporting.Combination(**row["combination"]).name

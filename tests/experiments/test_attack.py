@@ -1,0 +1,152 @@
+"""Models of a study attacked again: the same figures by the same attacks, other ones by others, nothing trained."""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+
+from experiments.attack import study as attack_study
+from experiments.attack.settings import Attacking
+from experiments.combinations.presets import preset
+from experiments.combinations.settings import study_of
+from experiments.combinations.study import config_of
+from experiments.run import main
+from fedrobust import reporting
+from fedrobust.models import SPECS
+from fedrobust.models.spec import Conv, Dense, GlobalPool, Norm, Relu
+
+TRAIN = (
+    "combinations --dataset digits --scale smoke --combinations {names} --out {out} --seeds {seed} --width 8 "
+    "--train.num-rounds 8 --train.num-steps 20 --train.batch-size 32 --train.average-decay 0 "
+    "--train.learning-rate 0.02 --poison.malicious-share 0 "
+    "--mc.activations int8 --mc.begin 0.2 --mc.end 0.6 --attack.eps 0.05 0.1 --attack.num-steps 2"
+)
+SAME = "--attack.suite pgd --attack.eps 0.05 0.1 --attack.num-steps 2 --attack.gate-examples 0"
+
+
+def tiny(*, num_classes, width, groups):
+    """One convolution in place of the architecture."""
+    return (Conv(width), Norm(max(1, min(groups, width // 2))), Relu(), GlobalPool(), Dense(num_classes))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Folders of two seeds, trained apart."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(SPECS, "small_cnn", tiny)
+        for seed, names in enumerate(("plain mc", "plain")):
+            assert main(TRAIN.format(out=folder / f"seed{seed}", seed=seed, names=names).split()) == 0
+        yield folder
+
+
+def attack(trained, out, settings, folders="seed0 seed1"):
+    """Exit status of the command."""
+    paths = " ".join(str(trained / name) for name in folders.split())
+    return main(f"attack --models {paths} --out {out} {settings}".split())
+
+
+def test_the_same_attacks_find_what_the_study_found_and_more_steps_no_less(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr("experiments.combinations.row.train", lambda *arguments: pytest.fail("trained"))
+    assert attack(trained, tmp_path / "same", SAME, "seed1 seed0") == 0
+    rows = reporting.read(tmp_path / "same" / "rows.jsonl")
+    before = [row for seed in (0, 1) for row in reporting.read(trained / f"seed{seed}" / "rows.jsonl")]
+    assert len({row["clean"]["accuracy"] for row in rows}) == 3  # no file would pass for another
+    for row, old in zip(rows, before, strict=True):
+        assert row["attacked_with"]["versions"] == row["versions"]
+        assert {name: value for name, value in row.items() if name != "attacked_with"} == old
+
+    assert attack(trained, tmp_path / "more", SAME.replace("num-steps 2", "num-steps 9 --attack.num-restarts 2")) == 0
+    for row, old in zip(reporting.read(tmp_path / "more" / "rows.jsonl"), rows, strict=True):
+        assert row["config"]["attack"]["num_steps"] == 9
+        assert row["config_hash"] == reporting.config_hash(row["config"]) != old["config_hash"]
+        worst, once = (min(x["accuracy"] for x in each["robust"].values()) for each in (row, old))
+        assert worst <= once
+    for name in ("table.md", "trade_off.png"):
+        assert (tmp_path / "more" / name).is_file()
+
+
+def test_a_kill_loses_no_row_and_none_is_attacked_twice(trained, tmp_path, monkeypatch):
+    asked = []
+    real = attack_study.attack
+
+    def watched(study, config, case, test):
+        if len(asked) == 1:
+            asked.append("killed")
+            raise KeyboardInterrupt
+        asked.append(case.name)
+        return real(study, config, case, test)
+
+    monkeypatch.setattr(attack_study, "attack", watched)
+    with pytest.raises(KeyboardInterrupt):
+        attack(trained, tmp_path / "out", SAME + " --combinations plain")
+    assert attack(trained, tmp_path / "out", SAME + " --combinations plain") == 0
+    assert asked == ["plain-seed0", "killed", "plain-seed1"]
+    assert [row["seed"] for row in reporting.read(tmp_path / "out" / "rows.jsonl")] == [0, 1]
+
+
+def _foreign(folder):
+    shutil.copy(folder / "seed1/models/plain-seed1.safetensors", folder / "seed0/models/plain-seed0.safetensors")
+
+
+def _lost(folder):
+    (folder / "seed0/models/mc-seed0.safetensors").unlink()
+
+
+def _cut(folder):
+    path = folder / "seed0/models/mc-seed0.safetensors"
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+def _other(folder):
+    path = folder / "seed1/rows.jsonl"
+    path.write_text(path.read_text().replace('"config_hash": "', '"config_hash": "f'))
+
+
+def _of_codecs(folder):
+    (folder / "seed0/rows.jsonl").write_text(json.dumps({"way": {}}) + "\n")
+
+
+BAD = [
+    (_foreign, "", "must be its row's ["),
+    (_lost, "", "mc-seed0.safetensors': must be a file"),
+    (_cut, "", "mc-seed0.safetensors"),
+    (_other, "", "folders of one configuration"),
+    (_of_codecs, "", "rows of the study combinations"),
+    (shutil.rmtree, "", "rows of the study combinations"),
+    (None, "--seeds 7", "--seeds is 7: must be one of 0, 1"),
+    (None, "--combinations at", "--combinations is 'at': must be one of mc, plain"),
+    (None, "--combinations fast", "--combinations is 'fast'"),
+    (None, "--seeds 1 1", "--seeds is (1, 1): must be none twice"),
+    (None, "--attack.eps -1", "--attack.eps is -1.0"),
+]
+
+
+@pytest.mark.parametrize(("damage", "settings", "message"), BAD)
+def test_what_cannot_be_attacked_is_one_line(trained, tmp_path, capsys, damage, settings, message):
+    copy = tmp_path / "copy"
+    shutil.copytree(trained, copy)
+    if damage:
+        damage(copy)
+    capsys.readouterr()
+    assert attack(copy, tmp_path / "out", f"{SAME} {settings}") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert error.startswith("error: ")
+    assert message in error
+    assert not (tmp_path / "out" / "rows.jsonl").exists()
+
+
+def test_one_model_from_two_folders_is_refused(trained, tmp_path, capsys):
+    assert attack(trained, tmp_path / "out", SAME, "seed0 seed0") == 2
+    assert "the only folder with plain-seed0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("dataset", "scale"), [("digits", "smoke"), ("digits", "cpu"), ("pneumonia_mnist", "paper")])
+def test_a_study_comes_back_from_its_configuration(dataset, scale):
+    study = dataclasses.replace(preset("combinations", dataset, scale), attack=Attacking().attack)
+    back = study_of(config_of(study))
+    assert back == dataclasses.replace(study, seeds=back.seeds)
+    with pytest.raises(ValueError, match="setting is 'nonsense': must be one of"):
+        study_of({**config_of(study), "nonsense": 1})
