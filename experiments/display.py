@@ -18,7 +18,7 @@ from rich.progress import (
 class Display:
     """A bar for the rows of a study and one for every phase under way; phases may report from several threads."""
 
-    def __init__(self, console: Console, num_rows: int, num_done: int) -> None:
+    def __init__(self, console: Console, num_rows: int) -> None:
         self._progress = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
@@ -28,8 +28,8 @@ class Display:
             TextColumn("{task.fields[figures]}"),
             console=console,
         )
-        self._rows = self._progress.add_task("rows", total=num_rows, completed=num_done, figures="")
-        self._phases: list[TaskID] = []
+        self._rows = self._progress.add_task("rows", total=num_rows, figures="")
+        self._phases: dict[str, list[TaskID]] = {}
 
     def __enter__(self) -> "Display":
         self._progress.start()
@@ -45,7 +45,7 @@ class Display:
 
         def phase(title: str) -> Callable[[int, int, dict[str, float]], None]:
             task = self._progress.add_task(f"{name}: {title}", total=None, figures="")
-            self._phases.append(task)
+            self._phases.setdefault(name, []).append(task)
 
             def report(done: int, total: int, figures: dict[str, float]) -> None:
                 if figures:
@@ -57,8 +57,8 @@ class Display:
 
         return phase
 
-    def advance(self) -> None:
-        """One more row is done."""
-        while self._phases:
-            self._progress.remove_task(self._phases.pop())
+    def done(self, name: str) -> None:
+        """A row is there."""
+        for task in self._phases.pop(name, ()):
+            self._progress.remove_task(task)
         self._progress.advance(self._rows)

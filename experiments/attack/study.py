@@ -1,6 +1,7 @@
 """Rows of a study, attacked again, one after the other, resumable."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,14 +9,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from rich.console import Console
 
+from experiments import grid
 from experiments.attack.settings import Attacking
 from experiments.combinations.federation import build_model
-from experiments.combinations.row import provenance, robustness
+from experiments.combinations.row import name_of_row, provenance, robustness
 from experiments.combinations.serving import from_file
 from experiments.combinations.settings import COMBINATIONS, Study, study_of
-from experiments.combinations.study import config_of, report, require_same, rows_of
+from experiments.combinations.study import config_of, report
 from experiments.combinations.training import BATCH_SIZE
-from experiments.display import Display
 from fedrobust import check, compression, data, evaluation, keys, reporting
 from fedrobust.types import Dataset
 
@@ -56,16 +57,15 @@ def run(attacking: Attacking, console: Console) -> Path:
     out = Path(attacking.out or f"results/attack-{first}-{attacking.attack.suite}")
     study = dataclasses.replace(study_of(cases[0].row["config"]), attack=attacking.attack, data_dir=attacking.data_dir)
     config = config_of(study)
-    require_same(out, config)
+    grid.require_same(out, config)
     test = data.load(study.dataset, data_dir=study.data_dir).test
-    done = {_name(row) for row in rows_of(out, config)}
-    todo = [case for case in cases if case.name not in done]
-    with Display(console, len(cases), len(cases) - len(todo)) as display:
-        for case in todo:
-            attacked = display.row(case.name)("attacks")
-            attacked(0, 1, {})
-            reporting.append(out / "rows.jsonl", attack(study, config, case, test))
-            display.advance()
+    grid.fill(
+        out,
+        config,
+        {case.name: functools.partial(attack, study, config, case, test) for case in cases},
+        name_of_row,
+        console,
+    )
     report(out, console)
     return out
 
@@ -83,7 +83,7 @@ def find(attacking: Attacking) -> Sequence[Case]:
         usable = len(rows) > 0 and all("combination" in row for row in rows)
         check.require(usable, "--models", str(folder), "a folder with rows of the study combinations")
         for row in rows:
-            case = Case(row, folder / "models" / f"{_name(row)}.safetensors")
+            case = Case(row, folder / "models" / f"{name_of_row(row)}.safetensors")
             check.require(case.name not in cases, "--models", str(folder), f"the only folder with {case.name}")
             cases[case.name] = case
     hashes = {case.row["config_hash"] for case in cases.values()}
@@ -104,12 +104,14 @@ def find(attacking: Attacking) -> Sequence[Case]:
     return sorted(wanted, key=lambda case: case.row["seed"])
 
 
-def attack(study: Study, config: dict[str, Any], case: Case, test: Dataset) -> reporting.Row:
+def attack(study: Study, config: dict[str, Any], case: Case, test: Dataset, progress: grid.Show) -> reporting.Row:
     """One model's row, with what the attacks find now.
 
     Raises:
         ValueError: the model is not the one that its row speaks of.
     """
+    attacked = progress("attacks")
+    attacked(0, 1, {})
     model = build_model(study, test.image.shape[1:], test.num_classes)
     final = from_file(model, case.path, test.image[:BATCH_SIZE])
     clean = evaluation.metrics(evaluation.predict(final.apply, final.params, test.image, BATCH_SIZE), test.label)
@@ -133,10 +135,6 @@ def attack(study: Study, config: dict[str, Any], case: Case, test: Dataset) -> r
         "checks": checks,
         "attacked_with": provenance(),
     }
-
-
-def _name(row: reporting.Row) -> str:
-    return f"{_combination(row)}-seed{row['seed']}"
 
 
 def _combination(row: reporting.Row) -> str:

@@ -52,12 +52,12 @@ def run(settings: Audit, console: Console) -> int:
         make_plan(settings, site)
     out.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
-    with Display(console, len(sites) * len(settings.combinations), 0) as display:
+    with Display(console, len(sites) * len(settings.combinations)) as display:
         for seed, site in sites.items():
             for name in settings.combinations:
                 rows.append(_row(settings, Combination.parse(name), seed, site, display))
                 write_text(out / "audit.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-                display.advance()
+                display.done(f"{name}, seed {seed}")
     write_text(out / "audit.md", to_markdown(rows))
     console.print(_to_rich(rows))
     console.print(f"\n{_note(rows)}\n\naudit.jsonl and audit.md: {out}")

@@ -1,20 +1,20 @@
 """The ways to say updates, one after the other, resumable, and what they leave behind."""
 
 import dataclasses
-import shutil
+import functools
 from pathlib import Path
 from typing import Any
 
 import jax
 from rich.console import Console
 
+from experiments import grid
 from experiments.codecs.settings import Codecs
 from experiments.combinations.account import Account, charge_label_counts, note_look, open_account, spent
 from experiments.combinations.federation import Hospitals, build_model, hospitals, make_plan, make_recipe
 from experiments.combinations.row import provenance
-from experiments.combinations.study import config_of, require_same, rows_of
-from experiments.combinations.training import BATCH_SIZE, Job, Progress, train
-from experiments.display import Display
+from experiments.combinations.study import config_of
+from experiments.combinations.training import BATCH_SIZE, Job, train
 from experiments.files import write_text
 from experiments.ways import WAYS
 from fedrobust import evaluation, privacy, reporting, trees
@@ -36,19 +36,15 @@ def run(codecs: Codecs, console: Console) -> Path:
     """
     out = Path(codecs.out or f"results/codecs-{Path(codecs.dataset).stem}-{codecs.scale}")
     config = config_of(codecs.study())
-    require_same(out, config)
+    grid.require_same(out, config)
     sites = {seed: hospitals(codecs.study(), seed) for seed in codecs.seeds}
-    wanted = [(seed, name) for seed in codecs.seeds for name in codecs.ways]
-    plans = {case: plan_of(codecs, case[1], sites[case[0]]) for case in wanted}  # an error before anything is written
-    done = {(row["seed"], row["way"]["name"]) for row in rows_of(out, config)}
-    todo = [case for case in wanted if case not in done]
-    with Display(console, len(wanted), len(wanted) - len(todo)) as display:
-        for seed, name in todo:
-            progress = display.row(f"{name}, seed {seed}")("training")
-            row = make_row(codecs, config, name, seed, plans[seed, name], sites[seed], out, progress)
-            reporting.append(out / "rows.jsonl", row, fields=reporting.UPLINK_FIELDS)
-            shutil.rmtree(out / "work")  # only now that the row is safe
-            display.advance()
+    cases = {}
+    for seed in codecs.seeds:
+        for name in codecs.ways:
+            plan = plan_of(codecs, name, sites[seed])  # one that cannot be made is an error before anything is written
+            case = functools.partial(make_row, codecs, config, name, seed, plan, sites[seed], out)
+            cases[name_of(name, seed)] = case
+    grid.fill(out, config, cases, _name_of_row, console, fields=reporting.UPLINK_FIELDS)
     report(out, console)
     return out
 
@@ -77,7 +73,7 @@ def make_row(
     plan: privacy.Plan | None,
     site: Hospitals,
     out: Path,
-    progress: Progress,
+    progress: grid.Show,
 ) -> dict[str, Any]:
     """Trains and measures one way with one seed.
 
@@ -89,19 +85,19 @@ def make_row(
         plan: of every silo; None without privacy.
         site: the data.
         out: checkpoints go below `work`, looks at private data into `ledger.jsonl`.
-        progress: told of every round.
+        progress: makes the progress callback of its one phase.
 
     Returns:
         A complete row, see `reporting.UPLINK_FIELDS`. Killed at any time and called again, it goes on from the last
         checkpoint.
     """
     study, way, splits = codecs.study(), WAYS[name], site.splits
-    account = None if plan is None else _opened(codecs, config, f"{name}, seed {seed}", plan, out)
+    account = None if plan is None else _opened(codecs, config, name_of(name, seed), plan, out)
     recipe = dataclasses.replace(make_recipe(study, seed, site, plan=plan, at=False), way=way)
     model = build_model(study, splits.train.image.shape[1:], splits.train.num_classes)
-    folder = out / "work" / f"{list(WAYS).index(name)}-seed{seed}"
+    folder = out / "work" / name_of(name, seed)
     job = Job(recipe, site, seed, recipe.num_rounds, codecs.sparsity > 0, (), "mean", folder, account)
-    trained = train(job, model, progress)
+    trained = train(job, model, progress("training"))
     full = jax.eval_shape(model.init, jax.random.key(0), splits.val.image[:1])
     uplink, downlink = trained.sent.tolist()
     figures = {}
@@ -122,6 +118,15 @@ def make_row(
         "train_seconds": trained.train_seconds,
         **provenance(),
     }
+
+
+def name_of(name: str, seed: int) -> str:
+    """What the work on a way with a seed is called."""
+    return f"{name}-seed{seed}"
+
+
+def _name_of_row(row: dict[str, Any]) -> str:
+    return name_of(row["way"]["name"], row["seed"])
 
 
 def _opened(codecs: Codecs, config: dict[str, Any], training: str, plan: privacy.Plan, out: Path) -> Account:

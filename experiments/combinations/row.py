@@ -20,7 +20,8 @@ from experiments.combinations.federation import RULES, Hospitals, build_model, m
 from experiments.combinations.serving import Final, as_served, finish, runnable
 from experiments.combinations.settings import Attack as AttackSettings
 from experiments.combinations.settings import Study
-from experiments.combinations.training import BATCH_SIZE, Job, Progress, Trained, train
+from experiments.combinations.training import BATCH_SIZE, Job, Trained, train
+from experiments.grid import Progress, Show
 from experiments.parallel import Check
 from fedrobust import attacks, compression, evaluation, keys, privacy, reporting, trees
 from fedrobust.types import Dataset, Key, Model, Run, Search
@@ -37,7 +38,7 @@ def make_row(
     seed: int,
     site: Hospitals,
     out: Path,
-    progress: Callable[[str], Progress],
+    progress: Show,
 ) -> reporting.Row:
     """Trains and measures one combination with one seed.
 
@@ -53,7 +54,7 @@ def make_row(
     Returns:
         A complete row. Killed at any point and called again, it goes on from the last checkpoint.
     """
-    name = f"{combination.name}-seed{seed}"
+    name = name_of(combination, seed)
     plan = make_plan(study, site) if combination.dp else None
     phases = _phases(study)
     accounts = {} if plan is None else _accounts(study, config, name, list(phases), plan, out)
@@ -102,6 +103,16 @@ def make_row(
     }
     evaluated(1, 1, {})
     return row
+
+
+def name_of(combination: reporting.Combination, seed: int) -> str:
+    """What a row's work and its model's file are called."""
+    return f"{combination.name}-seed{seed}"
+
+
+def name_of_row(row: reporting.Row) -> str:
+    """The same of a finished row."""
+    return name_of(reporting.Combination(**row["combination"]), row["seed"])
 
 
 def _phases(study: Study) -> dict[str, tuple[float, tuple[int, ...], str]]:

@@ -1,17 +1,17 @@
 """The grid of combinations and seeds, resumable, and what it leaves behind."""
 
 import dataclasses
+import functools
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from experiments import grid
 from experiments.combinations.federation import hospitals, make_plan
-from experiments.combinations.row import make_row
+from experiments.combinations.row import make_row, name_of, name_of_row
 from experiments.combinations.settings import Study
-from experiments.display import Display
 from experiments.files import write_text
 from fedrobust import reporting
 
@@ -35,20 +35,17 @@ def run(study: Study, console: Console) -> Path:
     """
     out = Path(study.out or f"results/{study.experiment}-{Path(study.dataset).stem}-{study.scale}")
     config = config_of(study)
-    require_same(out, config)
+    grid.require_same(out, config)
     sites = {seed: hospitals(study, seed) for seed in study.seeds}
     wanted = [(seed, reporting.Combination.parse(name)) for seed in study.seeds for name in study.combinations]
     for seed, combination in wanted:  # a plan that cannot be made is an error before anything is written
         if combination.dp:
             make_plan(study, sites[seed])
-    done = {(_name(row), row["seed"]) for row in rows_of(out, config)}
-    todo = [(seed, combination) for seed, combination in wanted if (combination.name, seed) not in done]
-    with Display(console, len(wanted), len(wanted) - len(todo)) as display:
-        for seed, combination in todo:
-            progress = display.row(f"{combination.name}, seed {seed}")
-            reporting.append(out / "rows.jsonl", make_row(study, config, combination, seed, sites[seed], out, progress))
-            shutil.rmtree(out / "work")  # only now that the row is safe
-            display.advance()
+    cases = {
+        name_of(combination, seed): functools.partial(make_row, study, config, combination, seed, sites[seed], out)
+        for seed, combination in wanted
+    }
+    grid.fill(out, config, cases, name_of_row, console)
     report(out, console)
     return out
 
@@ -73,27 +70,3 @@ def config_of(study: Study) -> dict[str, Any]:
     """The settings that make a row what it is, in plain JSON values."""
     settings = {k: v for k, v in dataclasses.asdict(study).items() if k not in _NOT_OF_A_ROW}
     return json.loads(json.dumps(settings))
-
-
-def require_same(out: Path, config: dict[str, Any]) -> None:
-    """Refuses a folder whose rows came from other settings."""
-    path = out / "config.json"
-    if not path.exists():
-        if out.exists() and any(out.iterdir()):
-            raise ValueError(f"--out is {out}: must be an empty folder, a new one, or one of this study")
-        return
-    other = json.loads(path.read_text())
-    differing = sorted(k for k in config.keys() | other.keys() if config.get(k) != other.get(k))
-    if differing:
-        raise ValueError(f"--out is {out}: it holds rows with another {', '.join(differing)}; must be another folder")
-
-
-def rows_of(out: Path, config: dict[str, Any]) -> list[Any]:
-    """The rows a folder holds already; makes it one of these settings. Ask `require_same` before."""
-    out.mkdir(parents=True, exist_ok=True)
-    write_text(out / "config.json", json.dumps(config, indent=2) + "\n")
-    return reporting.read(out / "rows.jsonl")
-
-
-def _name(row: reporting.Row) -> str:
-    return reporting.Combination(**row["combination"]).name

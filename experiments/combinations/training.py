@@ -22,14 +22,12 @@ from experiments.combinations.federation import (
     training_attack,
 )
 from experiments.combinations.settings import AT
+from experiments.grid import Progress
 from fedrobust import compression, evaluation, federated, keys, threads, trees
 from fedrobust.types import LogitsFn, Model, Params
 
 HISTORY_POINTS = 20
 BATCH_SIZE = 256  # of every prediction
-
-Progress = Callable[[int, int, dict[str, float]], None]
-"""`(rounds done, rounds in all, figures)`, called after every round."""
 
 
 class Trained(NamedTuple):

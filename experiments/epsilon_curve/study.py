@@ -1,27 +1,23 @@
 """The points of the curve, two at a time, resumable, and what they leave behind."""
 
-import contextlib
 import dataclasses
+import functools
 import json
 import math
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 from rich.console import Console
 
-from experiments import parallel
+from experiments import grid
 from experiments.combinations.account import charge_label_counts, note_look, open_account, spent
 from experiments.combinations.federation import Hospitals, Recipe, build_model, hospitals, make_plan, make_recipe
 from experiments.combinations.row import provenance
-from experiments.combinations.study import config_of, require_same, rows_of
-from experiments.combinations.training import BATCH_SIZE, Job, Progress, train
-from experiments.display import Display
+from experiments.combinations.study import config_of
+from experiments.combinations.training import BATCH_SIZE, Job, train
 from experiments.epsilon_curve.settings import Curve, Noise
 from experiments.files import write_text
-from experiments.parallel import Check
 from fedrobust import evaluation, privacy, reporting
 
 _NOT_OF_A_ROW = ("epsilons", "noises", "seeds", "out", "data_dir", "parallel", "checkpoint_every")
@@ -64,26 +60,15 @@ def run(curve: Curve, console: Console) -> Path:
     out = Path(curve.out or f"results/epsilon_curve-{Path(curve.dataset).stem}-{curve.scale}")
     settings = {k: v for k, v in dataclasses.asdict(curve).items() if k not in _NOT_OF_A_ROW}
     config = json.loads(json.dumps(settings))
-    require_same(out, config)
-    points = [Point(noise, epsilon, seed) for seed in curve.seeds for noise, epsilon in curve.points]
+    grid.require_same(out, config)
     sites = {seed: hospitals(curve.study(*curve.points[0]), seed) for seed in curve.seeds}
-    # a plan that cannot be made is an error before anything is written
-    plans = {point: plan_of(curve, point, sites[point.seed]) for point in points}
-    done = {_point(row) for row in rows_of(out, config)}
-    todo = [point for point in points if point not in done]
-    at_once = _num_at_once(curve)
-    with Display(console, len(points), len(points) - len(todo)) as display:
-        for start in range(0, len(todo), at_once):
-            batch = todo[start : start + at_once]
-            tasks = [_task(curve, point, plans[point], sites[point.seed], out, display) for point in batch]
-            for point, row in zip(batch, parallel.run(tasks, num_threads=at_once), strict=True):
-                reporting.append(out / "rows.jsonl", row, fields=reporting.POINT_FIELDS)
-                shutil.rmtree(out / "work" / point.name)  # only now that the row is safe
-                display.advance()
-    for point in done:  # killed before its checkpoints were gone
-        shutil.rmtree(out / "work" / point.name, ignore_errors=True)
-    with contextlib.suppress(OSError):  # it may hold the checkpoints of points that were not asked for this time
-        (out / "work").rmdir()
+    cases = {}
+    for point in (Point(noise, epsilon, seed) for seed in curve.seeds for noise, epsilon in curve.points):
+        site = sites[point.seed]
+        plan = plan_of(curve, point, site)  # one that cannot be made is an error before anything is written
+        cases[point.name] = functools.partial(make_row, curve, point, plan, site, out)
+    fields, num_threads = reporting.POINT_FIELDS, _num_at_once(curve)
+    grid.fill(out, config, cases, _name_of_row, console, fields=fields, num_threads=num_threads)
     report(out, console)
     return out
 
@@ -123,7 +108,7 @@ def recipe_of(curve: Curve, point: Point, plan: privacy.Plan | None, site: Hospi
 
 
 def make_row(
-    curve: Curve, point: Point, plan: privacy.Plan | None, site: Hospitals, out: Path, progress: Progress
+    curve: Curve, point: Point, plan: privacy.Plan | None, site: Hospitals, out: Path, progress: grid.Show
 ) -> dict[str, Any]:
     """Trains and measures one point.
 
@@ -133,7 +118,7 @@ def make_row(
         plan: of every silo; None without privacy.
         site: the data of its seed.
         out: checkpoints go below `work`, looks at private data into `ledger.jsonl`.
-        progress: told of every round.
+        progress: makes the progress callback of its one phase.
 
     Returns:
         A complete row, see `reporting.POINT_FIELDS`. Killed at any time and called again, it goes on from the last
@@ -151,7 +136,7 @@ def make_row(
     model = build_model(study, splits.train.image.shape[1:], splits.train.num_classes)
     folder = out / "work" / point.name
     job = Job(recipe, site, point.seed, recipe.num_rounds, False, (), "mean", folder, account)
-    trained = train(job, model, progress)
+    trained = train(job, model, progress("training"))
     figures = {}
     for name, split in (("val", splits.val), ("clean", splits.test)):
         logits = evaluation.predict(trained.apply, trained.params, split.image, BATCH_SIZE)
@@ -173,28 +158,13 @@ def make_row(
     }
 
 
-def _task(
-    curve: Curve, point: Point, plan: privacy.Plan | None, site: Hospitals, out: Path, display: Display
-) -> Callable[[Check], dict[str, Any]]:
-    shown = display.row(point.name)("training")
-
-    def task(check: Check) -> dict[str, Any]:
-        def progress(done: int, total: int, figures: dict[str, float]) -> None:
-            check()
-            shown(done, total, figures)
-
-        return make_row(curve, point, plan, site, out, progress)
-
-    return task
-
-
 def _num_at_once(curve: Curve) -> int:
     """Points trained at the same time: one thread each, where clients are not spread over devices already."""
     return 2 if curve.parallel and jax.device_count() == 1 else 1
 
 
-def _point(row: dict[str, Any]) -> Point:
+def _name_of_row(row: dict[str, Any]) -> str:
     guarantee = row["privacy"]
     if guarantee is None:
-        return Point(None, float("inf"), row["seed"])
-    return Point(guarantee["noise"], guarantee["budget"], row["seed"])
+        return Point(None, float("inf"), row["seed"]).name
+    return Point(guarantee["noise"], guarantee["budget"], row["seed"]).name

@@ -71,12 +71,12 @@ def test_a_kill_loses_no_row_and_none_is_attacked_twice(trained, tmp_path, monke
     asked = []
     real = attack_study.attack
 
-    def watched(study, config, case, test):
+    def watched(study, config, case, test, show):
         if len(asked) == 1:
             asked.append("killed")
             raise KeyboardInterrupt
         asked.append(case.name)
-        return real(study, config, case, test)
+        return real(study, config, case, test, show)
 
     monkeypatch.setattr(attack_study, "attack", watched)
     with pytest.raises(KeyboardInterrupt):

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.codecs import study as codec_module
+from experiments import grid
 from experiments.codecs.presets import preset
 from experiments.display import Display
 from experiments.run import main, parse
@@ -41,12 +41,12 @@ def test_the_study_goes_on_after_a_kill_and_counts_what_is_sent(monkeypatch, tmp
 
             return lambda title: report
 
-    monkeypatch.setattr(codec_module, "Display", Watching)
+    monkeypatch.setattr(grid, "Display", Watching)
     with pytest.raises(Killed):
         main(COMMAND)
     assert [row["way"]["name"] for row in reporting.read("out/rows.jsonl")] == ["float32"]
     assert main(COMMAND) == 0
-    of_both, private = (f"{name}, seed 0" for name in NAMES[1:])
+    of_both, private = (f"{name}-seed0" for name in NAMES[1:])
     assert seen[4:] == [(of_both, 2), (private, 1), (private, 2)]  # from the checkpoint after round 1
     assert {path.name for path in (tmp_path / "out").rglob("*")} == FILES
     check_rows(reporting.read("out/rows.jsonl"))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import safetensors
 
+from experiments import grid
 from experiments.combinations import study as study_module
 from experiments.combinations.federation import build_model
 from experiments.display import Display
@@ -56,7 +57,7 @@ def watched(monkeypatch):
 
                     def report(done, total, figures):
                         of_phase(done, total, figures)
-                        seen.append((name.partition(",")[0], title, done))
+                        seen.append((name.partition("-seed")[0], title, done))
                         if seen[-1] == kill_at:
                             raise Killed
 
@@ -64,7 +65,7 @@ def watched(monkeypatch):
 
                 return phase
 
-        monkeypatch.setattr(study_module, "Display", Watching)
+        monkeypatch.setattr(grid, "Display", Watching)
         if kill_at is None:
             assert main(command.split()) == 0
         else:

@@ -1,0 +1,125 @@
+"""Rows of one folder made by several: each once, none lost, whoever is killed."""
+
+import itertools
+import json
+import multiprocessing
+import os
+import signal
+import time
+
+import pytest
+from rich.console import Console
+
+from experiments import grid
+from experiments.files import claimed
+from fedrobust import jsonl
+
+FIELDS = {"name": (), "by": (), "history": ("round",)}
+NAMES = tuple("abcdefgh")
+
+
+def fill(out, make, names=NAMES, **settings):
+    cases = {name: (lambda show, name=name: make(name, show)) for name in names}
+    with (out.parent / "console.txt").open("a") as file:
+        grid.fill(out, {"x": 1}, cases, lambda row: row["name"], Console(file=file), fields=FIELDS, **settings)
+
+
+def row(name):
+    return {"name": name, "by": os.getpid(), "history": {"round": []}}
+
+
+def rows(out):
+    return [row["name"] for row in jsonl.read(out / "rows.jsonl")]
+
+
+def slowly(name, show):
+    show("training")(1, 2, {})
+    time.sleep(0.1)
+    return row(name)
+
+
+def test_rows_are_made_in_order_and_only_once(tmp_path):
+    out = tmp_path / "out"
+    made = []
+    fill(out, lambda name, show: made.append(name) or row(name), names="ba")
+    fill(out, lambda name, show: made.append(name) or row(name), names="abc")
+    assert rows(out) == made == ["b", "a", "c"]
+    assert {path.name for path in out.iterdir()} == {"rows.jsonl", "config.json"}
+    assert json.loads((out / "config.json").read_text()) == {"x": 1}
+
+
+def test_processes_and_threads_share_the_rows_of_a_folder(tmp_path):
+    out = tmp_path / "out"
+    context = multiprocessing.get_context("fork")
+    others = [context.Process(target=fill, args=(out, slowly), kwargs={"num_threads": n}) for n in (1, 2)]
+    for other in others:
+        other.start()
+    for other in others:
+        other.join(30)
+        assert other.exitcode == 0
+    found = jsonl.read(out / "rows.jsonl")
+    assert sorted(row["name"] for row in found) == list(NAMES)
+    assert len({row["by"] for row in found}) == 2
+    fill(out, lambda name, show: pytest.fail("made again"))
+    assert not (out / "work").exists()
+
+
+def test_the_row_of_a_killed_process_is_taken_over_with_its_work_and_that_of_a_live_one_is_left_alone(tmp_path):
+    out = tmp_path / "out"
+
+    def endless(name, show):
+        (out / "work" / name / "checkpoint").write_text("half")
+        time.sleep(60)
+
+    other = multiprocessing.get_context("fork").Process(target=fill, args=(out, endless, "a"))
+    other.start()
+    wait_for(lambda: (out / "work" / "a" / "checkpoint").exists() or None)
+    fill(out, lambda name, show: row(name), names="ab")
+    assert rows(out) == ["b"]
+    assert "another process is at them: a" in (tmp_path / "console.txt").read_text()
+    os.kill(other.pid, signal.SIGKILL)
+    other.join(10)
+
+    def resumed(name, show):
+        assert (out / "work" / name / "checkpoint").read_text() == "half"
+        return row(name)
+
+    fill(out, resumed, names="ab")
+    assert rows(out) == ["b", "a"]
+    assert not (out / "work").exists()
+
+
+def wait_for(ask):
+    """The first answer that is not None."""
+    for _ in itertools.repeat(None, 200):
+        if (answer := ask()) is not None:
+            return answer
+        time.sleep(0.05)
+    pytest.fail("never came")
+
+
+def test_a_row_that_fails_ends_those_beside_it_and_loses_none_before_it(tmp_path):
+    out = tmp_path / "out"
+
+    def make(name, show):
+        if name == "c":
+            time.sleep(0.2)
+            raise RuntimeError("diverged")
+        if name == "d":
+            for done in range(600):
+                show("training")(done, 600, {})
+                time.sleep(0.05)
+            pytest.fail("went on")
+        return row(name)
+
+    with pytest.raises(RuntimeError, match="diverged"):
+        fill(out, make, num_threads=2)
+    assert {"a", "b"} <= set(rows(out)) <= set(NAMES) - {"c", "d"}
+    assert {"c", "d"} <= {path.name for path in (out / "work").iterdir()}  # what they had is kept
+
+
+def test_a_folder_is_claimed_by_one_and_free_again_afterwards(tmp_path):
+    with claimed(tmp_path / "x") as first, claimed(tmp_path / "x") as second, claimed(tmp_path / "y") as another:
+        assert (first, second, another) == (True, False, True)
+    with claimed(tmp_path / "x") as again:
+        assert again
