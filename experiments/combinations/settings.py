@@ -98,7 +98,7 @@ class MC:
     """What the served model computes in; int8: ranges are measured on the val split, attacks see a straight-through
     slope."""
     aware_share: float = 0.0
-    """The last share of the rounds, in which weights are trained as they are served; at most 1 - mc.end."""
+    """The last share of the rounds, in which the model is trained as it is served; at most 1 - mc.end."""
 
     @property
     def symmetric(self) -> bool:

@@ -128,7 +128,7 @@ def train(job: Job, model: Model, progress: Progress) -> Trained:
     last = max(end, job.recipe.num_rounds - round(job.recipe.study.mc.aware_share * job.recipe.num_rounds))
     done = _run_stage(job, "small", small, apply, start, None, min(last, job.num_rounds), key, progress)
     if last < job.num_rounds:
-        aware = _aware(apply, job.recipe.study.mc.bits, job.recipe.study.mc.symmetric)
+        aware = _aware(job, apply, done.state.average, image)
         learner = federation(job.recipe, aware, small_state.params, teacher)
         done = _run_stage(job, "aware", learner, aware, done, None, job.num_rounds, key, progress)
     return _trained(job, apply, done, channels, masked.state.mask, difference)
@@ -144,10 +144,22 @@ def _teacher(recipe: Recipe, apply: Apply, params: Params) -> LogitsFn | None:
     return lambda image: apply(params, image)
 
 
+def _aware(job: Job, apply: Apply, params: Params, image: np.ndarray) -> Apply:
+    """The model as it will be served, rounding and all, with a slope; ranges are measured on images of val."""
+    mc = job.recipe.study.mc
+    if mc.activations == "float":
+        return _rounded(apply, mc.bits, mc.symmetric, ())
+    note_look(job.account, "activation ranges")
+    with threads.COMPILING:
+        served = compression.fake_quantize(params, bits=mc.bits, symmetric=mc.symmetric)
+        ranges = compression.calibrate(apply, served, image)
+    return _rounded(apply, mc.bits, mc.symmetric, tuple(ranges.items()))
+
+
 @threads.cached(maxsize=16)  # one function for all models of a shape shares what is compiled for it
-def _aware(apply: Apply, bits: int, symmetric: bool) -> Apply:
-    """The model with its weights as they will be served, and a slope."""
-    return lambda params, image: apply(compression.fake_quantize(params, bits=bits, symmetric=symmetric), image)
+def _rounded(apply: Apply, bits: int, symmetric: bool, ranges: tuple[tuple[int, tuple[float, int]], ...]) -> Apply:
+    aware = compression.fake_quantize_inputs(apply, dict(ranges)) if ranges else apply
+    return lambda params, image: aware(compression.fake_quantize(params, bits=bits, symmetric=symmetric), image)
 
 
 def _trained(

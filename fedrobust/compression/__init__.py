@@ -3,7 +3,7 @@
 from fedrobust.compression.artifact import Stored, guarantee, load, save, stored
 from fedrobust.compression.budget import Measure, masks_within, measure_bytes, measure_flops, measure_parameters
 from fedrobust.compression.distillation import distillation_loss
-from fedrobust.compression.fake import fake_quantize
+from fedrobust.compression.fake import fake_quantize, fake_quantize_inputs
 from fedrobust.compression.integer import integer_apply
 from fedrobust.compression.learned import initial_scores, loss_of_scores
 from fedrobust.compression.pruning import (
@@ -36,6 +36,7 @@ __all__ = [
     "dequantize",
     "distillation_loss",
     "fake_quantize",
+    "fake_quantize_inputs",
     "find_channels",
     "guarantee",
     "initial_scores",

@@ -76,14 +76,9 @@ def integer_apply(
     def on_integers(quantized: Quantized, image: jax.Array) -> jax.Array:
         params = dequantize(quantized)
         program = trace.read(apply, params, image)
-        found = integer_layers(program, len(program.inputs) - 1)
-        check.require(set(ranges) <= set(found), "ranges", sorted(ranges), f"of equations in {sorted(found)}")
         values, scales = jax.tree.leaves(quantized.value), jax.tree.leaves(quantized.scale)
         zeros = [None] * len(values) if quantized.zero is None else jax.tree.leaves(quantized.zero)
-        layers = {}
-        for position, mapping in ranges.items():
-            equation = program.equations[position]
-            layers[equation.outputs[0]] = Layer(equation, *mapping), found[position]
+        layers = layers_of(program, ranges)
 
         def emit(equation: trace.Equation, *arrays: Any) -> list[Any]:
             if equation.outputs[0] not in layers:
@@ -126,15 +121,37 @@ def accumulate(
     """
     num = _num_products(layer.equation, value.shape)
     check.require(num * 255**2 < 2**31, "the number of products in a sum", num, "at most 33025")
-    rounding = _rounded if straight_through else jnp.round
-    # Clipped half a step outside the range and not after rounding: what lies on its end keeps its slope.
-    steps = jnp.clip(x * np.float32(1 / np.float32(layer.scale)), LOW - layer.zero - 0.49, HIGH - layer.zero + 0.49)
-    centred = rounding(steps)
+    centred = round_input(layer, x, straight_through_round if straight_through else jnp.round)
     if arithmetic == "int8":
         return _in_int8(layer, (centred + layer.zero).astype(jnp.int8), value.astype(jnp.int8), weight_zero)
     kernel = value.astype(jnp.float32) - (0 if weight_zero is None else weight_zero.astype(jnp.float32))
     largest = max(HIGH - layer.zero, layer.zero - LOW) * _largest_weight(value, weight_zero)
     return _in_float32(layer.equation, centred, kernel, largest)
+
+
+def round_input(layer: Layer, x: jax.Array, rounding: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """A layer's input in steps of its scale, q - zero: whole numbers in float32.
+
+    Args:
+        layer: how its input is rounded.
+        x: float32, the input.
+        rounding: `jnp.round`, or one with another slope.
+    """
+    # Clipped half a step outside the range and not after rounding: what lies on its end keeps its slope.
+    steps = jnp.clip(x * np.float32(1 / np.float32(layer.scale)), LOW - layer.zero - 0.49, HIGH - layer.zero + 0.49)
+    return rounding(steps)
+
+
+def layers_of(program: trace.Program, ranges: Ranges) -> dict[int, tuple[Layer, int]]:
+    """The layers with ranges, by the number of their output, and the number of the leaf that is their kernel.
+
+    Raises:
+        ValueError: ranges of another model.
+    """
+    found = integer_layers(program, len(program.inputs) - 1)
+    check.require(set(ranges) <= set(found), "ranges", sorted(ranges), f"of equations in {sorted(found)}")
+    equations = {position: program.equations[position] for position in ranges}
+    return {equations[i].outputs[0]: (Layer(equations[i], *ranges[i]), found[i]) for i in ranges}
 
 
 def _in_float32(equation: trace.Equation, x: jax.Array, w: jax.Array, largest: int) -> jax.Array:
@@ -210,7 +227,8 @@ def _largest_weight(value: jax.Array, weight_zero: jax.Array | None) -> int:
 
 
 @jax.custom_jvp
-def _rounded(x: jax.Array) -> jax.Array:
+def straight_through_round(x: jax.Array) -> jax.Array:
+    """`jnp.round` with slope 1."""
     return jnp.round(x)
 
 
@@ -220,5 +238,5 @@ def _exact_sum(parts: list[jax.Array]) -> jax.Array:
     return functools.reduce(jnp.add, [part.astype(jnp.int32) for part in parts]).astype(jnp.float32)
 
 
-_rounded.defjvp(lambda primals, tangents: (_rounded(*primals), *tangents))
+straight_through_round.defjvp(lambda primals, tangents: (straight_through_round(*primals), *tangents))
 _exact_sum.defjvp(lambda primals, tangents: (_exact_sum(*primals), functools.reduce(jnp.add, tangents[0])))
