@@ -49,7 +49,7 @@ def schedule(
         # Scores come from the server's parameters, which under privacy are public already: masks cost nothing.
         if sparsity(rounds_done) == sparsity(rounds_done - 1):
             return state
-        mask = compression.masks(channels, state.params, sparsity=sparsity(rounds_done))
+        mask = compression.masks(channels, state.params, sparsity=sparsity(rounds_done), scope=settings.scope)
         masked = {"params": trees.multiply(state.params, mask), "average": trees.multiply(state.average, mask)}
         return state._replace(mask=mask, **masked)
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from fedrobust import check
+from fedrobust import check, compression
 from fedrobust.data import PARTITIONS
 from fedrobust.federated import BACKENDS
 from fedrobust.models import SPECS
@@ -82,7 +82,9 @@ class MC:
     """Model compression: structured pruning during training, then weights in few bits, and activations on request."""
 
     sparsity: float = 0.625
-    """Share of the channels of every layer that is removed, in [0, 1)."""
+    """Share of the units (channels, or groups of them) that is removed, in [0, 1)."""
+    scope: Literal["uniform", "global"] = "uniform"
+    """Whether that is the share of every layer, or of the whole model: scores then decide which layers keep more."""
     begin: float = 0.03
     """Pruning begins after this share of the rounds."""
     end: float = 0.15
@@ -287,6 +289,7 @@ class Study:
             self.mc.begin,
             f"in [0, --mc.end = {self.mc.end}), that < 1",
         )
+        check.one_of("--mc.scope", self.mc.scope, compression.SCOPES)
         check.fraction("--mc.label-share", self.mc.label_share)
         check.one_of("--mc.bits", self.mc.bits, (8, 4))
         check.one_of("--mc.activations", self.mc.activations, ("float", "int8"))

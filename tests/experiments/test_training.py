@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.combinations import training
-from experiments.combinations.federation import build_model, example_loss, hospitals, make_recipe
+from experiments.combinations import pruning, training
+from experiments.combinations.federation import build_model, example_loss, federation, hospitals, make_recipe
 from experiments.run import parse
 from experiments.ways import WAYS
-from fedrobust import trees
+from fedrobust import compression, trees
 from fedrobust.federated import latest
 from fedrobust.models import SPECS
 from fedrobust.models.spec import Conv, Dense, GlobalPool, Norm, Relu
@@ -82,6 +82,28 @@ def test_the_teacher_is_the_full_model_before_anything_is_pruned(setting, monkey
     assert rounds == 2 and all((x == 1).all() for x in jax.tree.leaves(saved.state.mask))
     image = site.splits.val.image[:8]
     np.testing.assert_array_equal(teacher(image), model.apply(saved.state.average, image))
+
+
+@pytest.mark.parametrize("scope", ["uniform", "global"])
+def test_units_compete_as_the_study_says(setting, scope):
+    study, site, _ = setting
+    model = build_model(replace(study, model="resnet9"), site.splits.val.image.shape[1:], 10)
+    mc = replace(study.mc, sparsity=0.5, scope=scope, begin=0.2, end=0.4, num_events=1)
+    params = model.init(jax.random.key(1), site.splits.val.image[:1])
+    scaled = {
+        name: jax.tree.map(lambda x, i=i: x * jnp.linspace(1, 1 + i, x.shape[-1]), params[name])
+        for i, name in enumerate(params)
+    }
+    state = federation(make_recipe(study, 0, site, plan=None, at=False), model.apply, params).init(scaled)
+    channels = pruning.channels(model, site.splits.val.image.shape[1:])
+    prune, begin, end = pruning.schedule(mc, channels, 10)
+    expected = {scope: compression.masks(channels, scaled, sparsity=0.5, scope=scope) for scope in compression.SCOPES}
+    assert (
+        compression.num_kept(channels, expected["global"]).tolist()
+        != compression.num_kept(channels, expected["uniform"]).tolist()
+    )
+    jax.tree.map(np.testing.assert_array_equal, prune(state, end).mask, expected[scope])
+    assert prune(state, begin) is state
 
 
 def test_labels_alone_need_no_teacher(setting):

@@ -1,10 +1,12 @@
 """Seeded privacy bugs: each is caught by its law, and the right trainer breaks none, whatever the seed."""
 
+import functools
 import importlib.util
 import sys
 from pathlib import Path
 
 import pytest
+from dp_accounting.pld import privacy_loss_distribution
 
 HERE = Path(__file__).parent
 
@@ -21,6 +23,15 @@ def _load(name):
 patching, laws, bugs = (_load(name) for name in ("patching", "laws", "bugs"))
 LAWS = {law.__name__: law for law in laws.LAWS}
 SEEDS = range(20)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _remembered():
+    """Every trainer asks the accountant for the same privacy losses, and no bug is in those."""
+    with pytest.MonkeyPatch.context() as patch:
+        remembered = functools.lru_cache(privacy_loss_distribution.from_gaussian_mechanism)
+        patch.setattr(privacy_loss_distribution, "from_gaussian_mechanism", remembered)
+        yield
 
 
 @pytest.fixture(scope="module")
