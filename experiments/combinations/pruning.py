@@ -9,7 +9,7 @@ import numpy as np
 
 from experiments.combinations.federation import Apply
 from experiments.combinations.settings import MC
-from fedrobust import compression, threads, trees
+from fedrobust import check, compression, threads, trees
 from fedrobust.federated import CodedState, FederatedState
 from fedrobust.types import Model, Params
 
@@ -31,6 +31,33 @@ def channels(model: Model, image_shape: tuple[int, ...]) -> compression.Channels
     return compression.find_channels(model.apply, params, image)
 
 
+def require_groups(settings: MC, channels: compression.Channels) -> None:
+    """Checks that there is a share for every group, where there are shares for groups at all.
+
+    Raises:
+        ValueError: another number; the line lists the groups by the first kernel that makes their channels.
+    """
+    num = len(np.unique(channels.group))
+    given = len(settings.group_sparsity)
+    allowed = f"none, or {num} shares with --mc.scope uniform: of {', '.join(_group_names(channels))}"
+    fits = given == 0 or (given == num and settings.scope == "uniform")
+    check.require(fits, "--mc.group-sparsity", settings.group_sparsity, allowed)
+
+
+def _group_names(channels: compression.Channels) -> list[str]:
+    leaves = jax.tree_util.tree_leaves_with_path(channels.structure.unflatten(channels.shapes), is_leaf=_is_shape)
+    found: dict[int, str] = {}
+    for (path, shape), axes in zip(leaves, channels.unit, strict=True):
+        of_outputs = axes[-1] if len(shape) > 1 else np.zeros(0, int)
+        for group in np.unique(channels.group[of_outputs[of_outputs >= 0]]):
+            found.setdefault(int(group), jax.tree_util.keystr(path[:-1], simple=True, separator="/"))
+    return [found[group] for group in sorted(found)]
+
+
+def _is_shape(x: Any) -> bool:
+    return isinstance(x, tuple) and all(isinstance(n, int) for n in x)
+
+
 def schedule(
     settings: MC, channels: compression.Channels, num_rounds: int
 ) -> tuple[Callable[[State, int], State], int, int]:
@@ -43,13 +70,16 @@ def schedule(
     end = max(2, round(settings.end * num_rounds))
     begin = min(end - 1, max(1, round(settings.begin * num_rounds)))
     every = max(1, (end - begin) // settings.num_events)
-    sparsity = compression.cubic_sparsity(final=settings.sparsity, begin=begin, end=end, every=every)
+    final = max(settings.group_sparsity or (settings.sparsity,))
+    sparsity = compression.cubic_sparsity(final=final, begin=begin, end=end, every=every)
 
     def prune(state: State, rounds_done: int) -> State:
         # Scores come from the server's parameters, which under privacy are public already: masks cost nothing.
         if sparsity(rounds_done) == sparsity(rounds_done - 1):
             return state
-        mask = compression.masks(channels, state.params, sparsity=sparsity(rounds_done), scope=settings.scope)
+        now = sparsity(rounds_done)
+        shares = [share * now / final for share in settings.group_sparsity] or now
+        mask = compression.masks(channels, state.params, sparsity=shares, scope=settings.scope)
         masked = {"params": trees.multiply(state.params, mask), "average": trees.multiply(state.average, mask)}
         return state._replace(mask=mask, **masked)
 

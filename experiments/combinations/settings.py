@@ -85,6 +85,10 @@ class MC:
     """Share of the units (channels, or groups of them) that is removed, in [0, 1)."""
     scope: Literal["uniform", "global"] = "uniform"
     """Whether that is the share of every layer, or of the whole model: scores then decide which layers keep more."""
+    group_sparsity: tuple[float, ...] = ()
+    """In place of --mc.sparsity where the scope is uniform: one share for every group of units that go together, in the
+    order of `compression.find_channels` (resnet9: first convolution, second width, ...; the error of a wrong number
+    lists them)."""
     begin: float = 0.03
     """Pruning begins after this share of the rounds."""
     end: float = 0.15
@@ -289,6 +293,8 @@ class Study:
             self.mc.begin,
             f"in [0, --mc.end = {self.mc.end}), that < 1",
         )
+        for share in self.mc.group_sparsity:
+            check.fraction("--mc.group-sparsity", share, one=False)
         check.one_of("--mc.scope", self.mc.scope, compression.SCOPES)
         check.fraction("--mc.label-share", self.mc.label_share)
         check.one_of("--mc.bits", self.mc.bits, (8, 4))

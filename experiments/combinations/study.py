@@ -9,7 +9,8 @@ from typing import Any
 from rich.console import Console
 
 from experiments import grid
-from experiments.combinations.federation import hospitals, make_plan
+from experiments.combinations import pruning
+from experiments.combinations.federation import build_model, hospitals, make_plan
 from experiments.combinations.row import make_row, name_of, name_of_row
 from experiments.combinations.settings import Study
 from experiments.files import write_text
@@ -41,6 +42,10 @@ def run(study: Study, console: Console) -> Path:
     for seed, combination in wanted:  # a plan that cannot be made is an error before anything is written
         if combination.dp:
             make_plan(study, sites[seed])
+        if combination.mc:
+            train = sites[seed].splits.train
+            model = build_model(study, train.image.shape[1:], train.num_classes)
+            pruning.require_groups(study.mc, pruning.channels(model, train.image.shape[1:]))
     cases = {
         name_of(combination, seed): functools.partial(make_row, study, config, combination, seed, sites[seed], out)
         for seed, combination in wanted

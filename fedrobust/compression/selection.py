@@ -1,6 +1,7 @@
 """Which units stay: the best of every group, or the best of the whole model, with sizes that a machine likes."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ def masks(
     channels: Channels,
     params: Params,
     *,
-    sparsity: float,
+    sparsity: float | Sequence[float],
     score: str | Any = "l2",
     scope: str = "uniform",
     multiple_of: int = 1,
@@ -31,7 +32,8 @@ def masks(
     Args:
         channels: the model's units.
         params: the parameters to score, concrete float arrays.
-        sparsity: in [0, 1), the share of units to remove.
+        sparsity: in [0, 1), the share of units to remove; with the scope "uniform" also one for every group, in the
+            order of their numbers.
         score: a row of `SCORES`, or [U] finite numbers, larger for what is to be kept: of `taylor_scores`, learned
             ones, any other.
         scope: "uniform" removes floor(sparsity * n) of the n units of every group. "global" removes
@@ -45,8 +47,8 @@ def masks(
         A pytree like `params` of float32 zeros and ones; `fedrobust.trees.multiply(params, masks)` is the masked model.
 
     Raises:
-        ValueError: sparsity outside [0, 1), unknown score or scope, multiple_of < 1, scores that are not [U] finite
-            numbers, parameters of other shapes, "random" without a key.
+        ValueError: sparsity outside [0, 1) or not as many as groups, unknown score or scope, multiple_of < 1, scores
+            that are not [U] finite numbers, parameters of other shapes, "random" without a key.
 
     Guarantees:
         One unit of every group stays. A higher sparsity keeps a subset. Of equal scores the earlier unit goes.
@@ -62,18 +64,29 @@ def masks(
 
 
 def choose(
-    channels: Channels, scores: np.ndarray, *, sparsity: float, scope: str = "uniform", multiple_of: int = 1
+    channels: Channels,
+    scores: np.ndarray,
+    *,
+    sparsity: float | Sequence[float],
+    scope: str = "uniform",
+    multiple_of: int = 1,
 ) -> np.ndarray:
     """Which units stay, [U] bool, for [U] scores; see `masks`."""
-    check.fraction("sparsity", sparsity, one=False)
+    shares = (sparsity,) if isinstance(sparsity, int | float) else tuple(sparsity)
+    for share in shares:
+        check.fraction("sparsity", share, one=False)
     check.one_of("scope", scope, SCOPES)
     check.at_least("multiple_of", multiple_of, 1)
     groups = [np.flatnonzero(channels.group == number) for number in np.unique(channels.group)]
     order = [members[np.argsort(scores[members], kind="stable")] for members in groups]
+    allowed = {1, len(groups)} if scope == "uniform" else {1}
+    number = " or ".join(map(str, sorted(allowed)))
+    check.require(len(shares) in allowed, "sparsity", sparsity, f"{number} in number for scope {scope!r}")
     if scope == "uniform":
-        removed = [num_removed(sparsity, len(members)) for members in groups]
+        of_groups = shares * len(groups) if len(shares) == 1 else shares
+        removed = [num_removed(share, len(members)) for share, members in zip(of_groups, groups, strict=True)]
     else:
-        removed = _removed_globally(channels, scores, order, sparsity)
+        removed = _removed_globally(channels, scores, order, *shares)
     keep = np.ones(len(channels.group), bool)
     for members, num in zip(order, removed, strict=True):
         step = _step(channels, members, multiple_of)
