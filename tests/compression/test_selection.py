@@ -154,6 +154,16 @@ def test_selection_obeys_its_laws(score, sparsity, scope, multiple_of):
     assert (further <= keep).all()
 
 
+@given(SCORE, st.tuples(st.floats(0, 0.999), st.floats(0, 0.999)))
+def test_every_group_loses_its_own_share(score, shares):
+    score = np.array(score, float)
+    keep = kept_units(CHANNELS, masks(CHANNELS, PARAMS, sparsity=shares, score=score))
+    for number, share in enumerate(shares):
+        alone = kept_units(CHANNELS, masks(CHANNELS, PARAMS, sparsity=share, score=score))
+        of_group = CHANNELS.group == number
+        np.testing.assert_array_equal(keep[of_group], alone[of_group])
+
+
 def test_global_scores_are_compared_relative_to_their_group():
     score = np.ones(14)
     score[STREAM] = 1000 * np.array([3, 3, 3, 3, 0.1, 3])
@@ -185,6 +195,12 @@ def test_norm_groups_of_four_channels_satisfy_multiples_of_four_by_themselves():
     [
         ({"sparsity": 1.0}, r"sparsity is 1.0: must be in \[0, 1\)"),
         ({"sparsity": -0.5}, r"sparsity is -0.5: must be in \[0, 1\)"),
+        ({"sparsity": (0.5, 1.5)}, r"sparsity is 1.5: must be in \[0, 1\)"),
+        ({"sparsity": (0.1, 0.2, 0.3)}, r"sparsity is \(0.1, 0.2, 0.3\): must be 1 or 2 in number for scope 'uniform'"),
+        (
+            {"sparsity": (0.1, 0.2), "scope": "global"},
+            r"sparsity is \(0.1, 0.2\): must be 1 in number for scope 'global'",
+        ),
         ({"scope": "layer"}, "scope is 'layer': must be one of global, uniform"),
         ({"score": "fisher"}, "score is 'fisher': must be one of fpgm, l1, l2, random"),
         ({"score": np.ones(13)}, r"score is 'an array \(13,\)': must be \(14,\) finite numbers, one per unit"),

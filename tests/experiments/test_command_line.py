@@ -98,6 +98,9 @@ BAD_SETTINGS = [
     ("quickstart --poison.rounds-share 0", "--poison.rounds-share"),
     ("quickstart --mc.end 0.6 --poison.rounds-share 0.6", "--poison.rounds-share"),
     ("quickstart --mc.label-share 1.1", "--mc.label-share"),
+    ("quickstart --mc.group-sparsity 0.5 0.5", "or 3 shares with --mc.scope uniform: of conv_0, conv_4, conv_8"),
+    ("quickstart --mc.group-sparsity 0.5 1.0", "--mc.group-sparsity is 1.0"),
+    ("quickstart --mc.scope layer", "--mc.scope"),
     ("quickstart --mc.aware-share 0.9", "--mc.aware-share"),  # pruning ends after 0.15 of the rounds
     ("quickstart --mc.begin 0.6 --mc.end 0.5", "--mc.begin"),
     ("quickstart --poison.malicious-share 0.5", "--poison.malicious-share"),

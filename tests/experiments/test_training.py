@@ -106,6 +106,23 @@ def test_units_compete_as_the_study_says(setting, scope):
     assert prune(state, begin) is state
 
 
+def test_every_group_reaches_its_own_share_with_the_others(setting):
+    study, site, _ = setting
+    model = build_model(replace(study, model="resnet9"), site.splits.val.image.shape[1:], 10)
+    shares = (0.5, 0.0, 0.75, 0.25, 0.5, 0.75)
+    mc = replace(study.mc, group_sparsity=shares, begin=0.1, end=0.5, num_events=2)
+    channels = pruning.channels(model, site.splits.val.image.shape[1:])
+    pruning.require_groups(mc, channels)
+    params = model.init(jax.random.key(1), site.splits.val.image[:1])
+    state = federation(make_recipe(study, 0, site, plan=None, at=False), model.apply, params).init(params)
+    prune, begin, end = pruning.schedule(mc, channels, 10)
+    sizes = np.bincount(channels.group)
+    halfway = prune(state, (begin + end) // 2)  # cubic: 7/8 of each share
+    for found, part in ((halfway, 7 / 8), (prune(halfway, end), 1)):
+        expected = sizes - np.floor(np.array(shares) * part * sizes)
+        np.testing.assert_array_equal(compression.num_kept(channels, found.mask), expected)
+
+
 def test_labels_alone_need_no_teacher(setting):
     study, site, model = setting
     assert training._teacher(make_recipe(study, 0, site, plan=None, at=False), model.apply, {}) is None
