@@ -25,13 +25,20 @@ def claimed(folder: Path) -> Iterator[bool]:
     The folder is made where missing, and may be removed by whoever has it. A claim ends with its process, however that
     ends. Where the system has no file locks everybody gets it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = None if fcntl is None else os.open(folder, os.O_RDONLY)
+    handle = _opened(folder)
     try:
         yield handle is None or _locked(handle)
     finally:
         if handle is not None:
             os.close(handle)
+
+
+def _opened(folder: Path) -> int | None:
+    for _ in range(1000):
+        with contextlib.suppress(FileNotFoundError, FileExistsError):  # whoever had it removes it at this very moment
+            folder.mkdir(parents=True, exist_ok=True)
+            return None if fcntl is None else os.open(folder, os.O_RDONLY)
+    raise OSError(f"{folder} cannot be claimed: it is a file, or somebody keeps removing it")
 
 
 def _locked(handle: int) -> bool:

@@ -52,7 +52,7 @@ def fill(
     *,
     fields: Mapping[str, tuple[str, ...]] = reporting.FIELDS,
     num_threads: int = 1,
-) -> None:
+) -> bool:
     """Makes the rows that a folder lacks.
 
     Args:
@@ -64,6 +64,9 @@ def fill(
         console: where progress is shown.
         fields: what a row must have.
         num_threads: how many rows this process makes at the same time, >= 1.
+
+    Returns:
+        Whether the folder holds a row now; others may still be another process's.
 
     Raises:
         Exception: what a case raises; rows finished before are kept.
@@ -80,9 +83,10 @@ def fill(
                     elsewhere.append(name)
                     return
                 if name not in map(name_of, reporting.read(out / "rows.jsonl")):
-                    row = cases[name](_stopping(check, display.row(name)))
+                    row = cases[name](stopping(check, display.row(name)))
                     reporting.append(out / "rows.jsonl", row, fields=fields)
-                shutil.rmtree(work)  # only now that the row is safe
+                with contextlib.suppress(FileNotFoundError):  # whoever made the row a moment ago did so too
+                    shutil.rmtree(work)  # only now that the row is safe
             display.done(name)
 
         tasks = [lambda check, name=name: make(name, check) for name in cases]
@@ -91,10 +95,11 @@ def fill(
         (out / "work").rmdir()
     if elsewhere:
         console.print(f"not in the table yet, another process is at them: {', '.join(elsewhere)}")
+    return len(reporting.read(out / "rows.jsonl")) > 0
 
 
-def _stopping(check: Check, show: Show) -> Show:
-    """Progress that ends a row which another one's failure has made useless."""
+def stopping(check: Check, show: Show) -> Show:
+    """Progress that ends what another task's failure has made useless."""
 
     def phase(title: str) -> Progress:
         report = show(title)

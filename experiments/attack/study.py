@@ -59,14 +59,15 @@ def run(attacking: Attacking, console: Console) -> Path:
     config = config_of(study)
     grid.require_same(out, config)
     test = data.load(study.dataset, data_dir=study.data_dir).test
-    grid.fill(
+    has_rows = grid.fill(
         out,
         config,
         {case.name: functools.partial(attack, study, config, case, test) for case in cases},
         name_of_row,
         console,
     )
-    report(out, console)
+    if has_rows:
+        report(out, console)
     return out
 
 

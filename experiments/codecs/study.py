@@ -44,8 +44,9 @@ def run(codecs: Codecs, console: Console) -> Path:
             plan = plan_of(codecs, name, sites[seed])  # one that cannot be made is an error before anything is written
             case = functools.partial(make_row, codecs, config, name, seed, plan, sites[seed], out)
             cases[name_of(name, seed)] = case
-    grid.fill(out, config, cases, _name_of_row, console, fields=reporting.UPLINK_FIELDS)
-    report(out, console)
+    has_rows = grid.fill(out, config, cases, _name_of_row, console, fields=reporting.UPLINK_FIELDS)
+    if has_rows:
+        report(out, console)
     return out
 
 

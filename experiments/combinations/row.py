@@ -21,7 +21,7 @@ from experiments.combinations.serving import Final, as_served, finish, runnable
 from experiments.combinations.settings import Attack as AttackSettings
 from experiments.combinations.settings import Study
 from experiments.combinations.training import BATCH_SIZE, Job, Trained, train
-from experiments.grid import Progress, Show
+from experiments.grid import Show, stopping
 from experiments.parallel import Check
 from fedrobust import attacks, compression, evaluation, keys, privacy, reporting, trees
 from fedrobust.types import Dataset, Key, Model, Run, Search
@@ -69,7 +69,7 @@ def make_row(
         folder = work / phase.replace(" ", "_").replace(",", "")
         num_rounds = math.ceil(share * recipe.num_rounds)
         what = Job(recipe, site, seed, num_rounds, combination.mc, malicious, rule, folder, accounts.get(phase))
-        return lambda check: train(what, model, _checked(check, progress(phase)))
+        return lambda check: train(what, model, stopping(check, progress)(phase))
 
     jobs = [job(phase) for phase in phases]
     at_once = study.parallel and jax.device_count() == 1
@@ -219,16 +219,6 @@ def _poisoned(study: Study, site: Hospitals, trained: Sequence[Trained]) -> dict
         found = evaluation.metrics(logits, test.label)
         entry[name] = {"accuracy": found.accuracy, "balanced_accuracy": found.balanced_accuracy}
     return entry
-
-
-def _checked(check: Check, progress: Progress) -> Progress:
-    """`progress` that ends a training which another one's failure has made useless."""
-
-    def report(done: int, total: int, figures: dict[str, float]) -> None:
-        check()
-        progress(done, total, figures)
-
-    return report
 
 
 def _size(model: Model, final: Final, image_shape: tuple[int, int, int], folder: Path) -> dict[str, float]:

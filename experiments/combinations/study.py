@@ -50,8 +50,9 @@ def run(study: Study, console: Console) -> Path:
         name_of(combination, seed): functools.partial(make_row, study, config, combination, seed, sites[seed], out)
         for seed, combination in wanted
     }
-    grid.fill(out, config, cases, name_of_row, console)
-    report(out, console)
+    has_rows = grid.fill(out, config, cases, name_of_row, console)
+    if has_rows:
+        report(out, console)
     return out
 
 

@@ -68,8 +68,9 @@ def run(curve: Curve, console: Console) -> Path:
         plan = plan_of(curve, point, site)  # one that cannot be made is an error before anything is written
         cases[point.name] = functools.partial(make_row, curve, point, plan, site, out)
     fields, num_threads = reporting.POINT_FIELDS, _num_at_once(curve)
-    grid.fill(out, config, cases, _name_of_row, console, fields=fields, num_threads=num_threads)
-    report(out, console)
+    has_rows = grid.fill(out, config, cases, _name_of_row, console, fields=fields, num_threads=num_threads)
+    if has_rows:
+        report(out, console)
     return out
 
 

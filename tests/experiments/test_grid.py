@@ -1,16 +1,18 @@
 """Rows of one folder made by several: each once, none lost, whoever is killed."""
 
+import contextlib
 import itertools
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 
 import pytest
 from rich.console import Console
 
-from experiments import grid
+from experiments import grid, parallel
 from experiments.files import claimed
 from fedrobust import jsonl
 
@@ -21,7 +23,7 @@ NAMES = tuple("abcdefgh")
 def fill(out, make, names=NAMES, **settings):
     cases = {name: (lambda show, name=name: make(name, show)) for name in names}
     with (out.parent / "console.txt").open("a") as file:
-        grid.fill(out, {"x": 1}, cases, lambda row: row["name"], Console(file=file), fields=FIELDS, **settings)
+        return grid.fill(out, {"x": 1}, cases, lambda row: row["name"], Console(file=file), fields=FIELDS, **settings)
 
 
 def row(name):
@@ -74,7 +76,8 @@ def test_the_row_of_a_killed_process_is_taken_over_with_its_work_and_that_of_a_l
     other = multiprocessing.get_context("fork").Process(target=fill, args=(out, endless, "a"))
     other.start()
     wait_for(lambda: (out / "work" / "a" / "checkpoint").exists() or None)
-    fill(out, lambda name, show: row(name), names="ab")
+    assert fill(out, lambda name, show: pytest.fail("made twice"), names="a") is False  # there is no row to show yet
+    assert fill(out, lambda name, show: row(name), names="ab") is True
     assert rows(out) == ["b"]
     assert "another process is at them: a" in (tmp_path / "console.txt").read_text()
     os.kill(other.pid, signal.SIGKILL)
@@ -123,3 +126,22 @@ def test_a_folder_is_claimed_by_one_and_free_again_afterwards(tmp_path):
         assert (first, second, another) == (True, False, True)
     with claimed(tmp_path / "x") as again:
         assert again
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file cannot be claimed: it is a file"), claimed(tmp_path / "file"):
+        pass
+
+
+def test_a_folder_that_is_removed_while_others_wait_for_it_is_made_again(tmp_path):
+    def claim_and_remove(check):
+        had = 0
+        for _ in range(300):
+            with claimed(tmp_path / "work" / "x") as mine:
+                if mine:
+                    had += 1
+                    with contextlib.suppress(FileNotFoundError):
+                        shutil.rmtree(tmp_path / "work" / "x")
+            with contextlib.suppress(OSError):
+                (tmp_path / "work").rmdir()
+        return had
+
+    assert sum(parallel.run([claim_and_remove] * 4, num_threads=4)) > 0  # and nobody stumbled
