@@ -1,8 +1,10 @@
 """Everything that attacking a study's models can be told; the command line is generated from it."""
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
 
-from experiments.combinations.settings import COMBINATIONS, Attack
+from experiments.combinations.settings import COMBINATIONS, Attack, Study
 from fedrobust import check
 
 
@@ -33,3 +35,25 @@ class Attacking:
         for combination in self.combinations:
             check.one_of("--combinations", combination, COMBINATIONS)
         check.require(len(set(self.seeds)) == len(self.seeds), "--seeds", self.seeds, "none twice")
+
+
+def study_of(config: Mapping[str, Any]) -> Study:
+    """The study whose settings a row or a folder holds, as `dataclasses.asdict` and JSON left them.
+
+    Raises:
+        ValueError: a setting that there is none of, or a value that is not allowed.
+    """
+    return _restored(Study, config)
+
+
+def _restored(kind: Any, values: Mapping[str, Any]) -> Any:
+    known = {setting.name: setting for setting in fields(kind)}
+    for name in values:
+        check.one_of("setting", name, known)
+
+    def value(name: str, found: Any) -> Any:
+        if isinstance(found, Mapping):
+            return _restored(known[name].default_factory, found)
+        return tuple(found) if isinstance(found, list) else found
+
+    return kind(**{name: value(name, found) for name, found in values.items()})

@@ -10,11 +10,11 @@ import numpy as np
 from rich.console import Console
 
 from experiments import grid
-from experiments.attack.settings import Attacking
+from experiments.attack.settings import Attacking, study_of
 from experiments.combinations.federation import build_model
 from experiments.combinations.row import name_of_row, provenance, robustness
 from experiments.combinations.serving import from_file
-from experiments.combinations.settings import COMBINATIONS, Study, study_of
+from experiments.combinations.settings import COMBINATIONS, Study
 from experiments.combinations.study import config_of, report
 from experiments.combinations.training import BATCH_SIZE
 from fedrobust import check, compression, data, evaluation, keys, reporting

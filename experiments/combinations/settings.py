@@ -3,8 +3,7 @@
 All of it is frozen dataclasses; the command line is generated from them, help texts included.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from fedrobust import check, compression
@@ -86,9 +85,8 @@ class MC:
     scope: Literal["uniform", "global"] = "uniform"
     """Whether that is the share of every layer, or of the whole model: scores then decide which layers keep more."""
     group_sparsity: tuple[float, ...] = ()
-    """In place of --mc.sparsity where the scope is uniform: one share for every group of units that go together, in the
-    order of `compression.find_channels` (resnet9: first convolution, second width, ...; the error of a wrong number
-    lists them)."""
+    """In place of --mc.sparsity, scope uniform: a share for every group of layers that are pruned together, in the
+    order in which the error of a wrong number lists them."""
     begin: float = 0.03
     """Pruning begins after this share of the rounds."""
     end: float = 0.15
@@ -305,28 +303,6 @@ class Study:
             self.mc.aware_share,
             f"in [0, 1 - --mc.end = {1 - self.mc.end:g}]",
         )
-
-
-def study_of(config: Mapping[str, Any]) -> Study:
-    """The study whose settings a row or a folder holds, as `dataclasses.asdict` and JSON left them.
-
-    Raises:
-        ValueError: a setting that there is none of, or a value that is not allowed.
-    """
-    return _restored(Study, config)
-
-
-def _restored(kind: Any, values: Mapping[str, Any]) -> Any:
-    known = {setting.name: setting for setting in fields(kind)}
-    for name in values:
-        check.one_of("setting", name, known)
-
-    def value(name: str, found: Any) -> Any:
-        if isinstance(found, Mapping):
-            return _restored(known[name].default_factory, found)
-        return tuple(found) if isinstance(found, list) else found
-
-    return kind(**{name: value(name, found) for name, found in values.items()})
 
 
 _SHARED = (

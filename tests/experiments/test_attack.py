@@ -7,9 +7,8 @@ import shutil
 import pytest
 
 from experiments.attack import study as attack_study
-from experiments.attack.settings import Attacking
+from experiments.attack.settings import Attacking, study_of
 from experiments.combinations.presets import preset
-from experiments.combinations.settings import study_of
 from experiments.combinations.study import config_of
 from experiments.run import main
 from fedrobust import reporting

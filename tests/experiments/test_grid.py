@@ -1,13 +1,13 @@
 """Rows of one folder made by several: each once, none lost, whoever is killed."""
 
 import contextlib
-import itertools
 import json
-import multiprocessing
 import os
 import shutil
-import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -17,6 +17,7 @@ from experiments.files import claimed
 from fedrobust import jsonl
 
 FIELDS = {"name": (), "by": (), "history": ("round",)}
+ROOT = Path(__file__).parents[2]
 NAMES = tuple("abcdefgh")
 
 
@@ -34,12 +35,6 @@ def rows(out):
     return [row["name"] for row in jsonl.read(out / "rows.jsonl")]
 
 
-def slowly(name, show):
-    show("training")(1, 2, {})
-    time.sleep(0.1)
-    return row(name)
-
-
 def test_rows_are_made_in_order_and_only_once(tmp_path):
     out = tmp_path / "out"
     made = []
@@ -50,15 +45,41 @@ def test_rows_are_made_in_order_and_only_once(tmp_path):
     assert json.loads((out / "config.json").read_text()) == {"x": 1}
 
 
+PROCESS = """
+import os, sys, time
+from pathlib import Path
+from rich.console import Console
+from experiments import grid
+
+out, names, seconds, num_threads = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3]), int(sys.argv[4])
+
+def make(name, show):
+    (out / "work" / name / "checkpoint").write_text("half")
+    time.sleep(seconds)
+    return {"name": name, "by": os.getpid(), "history": {"round": []}}
+
+Path(f"{out}-ready-{num_threads}").touch()
+while not Path(f"{out}-go").exists():
+    time.sleep(0.01)
+cases = {name: (lambda show, name=name: make(name, show)) for name in names}
+fields = {"name": (), "by": (), "history": ("round",)}
+grid.fill(out, {"x": 1}, cases, lambda row: row["name"], Console(), fields=fields, num_threads=num_threads)
+"""
+
+
+def start(out, names, seconds, num_threads):
+    """A process that makes rows, each in so many seconds, once there is a file `OUT-go`."""
+    arguments = [str(out), names, str(seconds), str(num_threads)]
+    process = subprocess.Popen([sys.executable, "-c", PROCESS, *arguments], stdout=subprocess.DEVNULL, cwd=ROOT)
+    wait_for(Path(f"{out}-ready-{num_threads}").exists)
+    return process
+
+
 def test_processes_and_threads_share_the_rows_of_a_folder(tmp_path):
     out = tmp_path / "out"
-    context = multiprocessing.get_context("fork")
-    others = [context.Process(target=fill, args=(out, slowly), kwargs={"num_threads": n}) for n in (1, 2)]
-    for other in others:
-        other.start()
-    for other in others:
-        other.join(30)
-        assert other.exitcode == 0
+    others = [start(out, "".join(NAMES), 0.2, num_threads) for num_threads in (1, 2)]
+    Path(f"{out}-go").touch()
+    assert [other.wait(60) for other in others] == [0, 0]
     found = jsonl.read(out / "rows.jsonl")
     assert sorted(row["name"] for row in found) == list(NAMES)
     assert len({row["by"] for row in found}) == 2
@@ -68,20 +89,15 @@ def test_processes_and_threads_share_the_rows_of_a_folder(tmp_path):
 
 def test_the_row_of_a_killed_process_is_taken_over_with_its_work_and_that_of_a_live_one_is_left_alone(tmp_path):
     out = tmp_path / "out"
-
-    def endless(name, show):
-        (out / "work" / name / "checkpoint").write_text("half")
-        time.sleep(60)
-
-    other = multiprocessing.get_context("fork").Process(target=fill, args=(out, endless, "a"))
-    other.start()
-    wait_for(lambda: (out / "work" / "a" / "checkpoint").exists() or None)
+    Path(f"{out}-go").touch()
+    other = start(out, "a", 600, 1)
+    wait_for((out / "work" / "a" / "checkpoint").exists)
     assert fill(out, lambda name, show: pytest.fail("made twice"), names="a") is False  # there is no row to show yet
     assert fill(out, lambda name, show: row(name), names="ab") is True
     assert rows(out) == ["b"]
     assert "another process is at them: a" in (tmp_path / "console.txt").read_text()
-    os.kill(other.pid, signal.SIGKILL)
-    other.join(10)
+    other.kill()
+    other.wait(10)
 
     def resumed(name, show):
         assert (out / "work" / name / "checkpoint").read_text() == "half"
@@ -93,10 +109,10 @@ def test_the_row_of_a_killed_process_is_taken_over_with_its_work_and_that_of_a_l
 
 
 def wait_for(ask):
-    """The first answer that is not None."""
-    for _ in itertools.repeat(None, 200):
-        if (answer := ask()) is not None:
-            return answer
+    """Until it is so."""
+    for _ in range(1200):
+        if ask():
+            return
         time.sleep(0.05)
     pytest.fail("never came")
 
