@@ -7,19 +7,26 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
-    Progress,
     SpinnerColumn,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
 )
+from rich.progress import (
+    Progress as Bars,
+)
+
+Progress = Callable[[int, int, dict[str, float]], None]
+"""`(done, in all, figures)`, called after every round."""
+Show = Callable[[str], Progress]
+"""From the name of a phase of a row to its progress."""
 
 
 class Display:
     """A bar for the rows of a study and one for every phase under way; phases may report from several threads."""
 
     def __init__(self, console: Console, num_rows: int) -> None:
-        self._progress = Progress(
+        self._progress = Bars(
             SpinnerColumn(),
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
@@ -40,10 +47,10 @@ class Display:
     ) -> None:
         self._progress.stop()
 
-    def row(self, name: str) -> Callable[[str], Callable[[int, int, dict[str, float]], None]]:
-        """For one row: a function from the name of a phase to what that phase calls after every round."""
+    def row(self, name: str) -> Show:
+        """The progress of one row."""
 
-        def phase(title: str) -> Callable[[int, int, dict[str, float]], None]:
+        def phase(title: str) -> Progress:
             task = self._progress.add_task(f"{name}: {title}", total=None, figures="")
             self._phases.setdefault(name, []).append(task)
 

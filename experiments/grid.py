@@ -14,16 +14,12 @@ from typing import Any
 from rich.console import Console
 
 from experiments import parallel
-from experiments.display import Display
+from experiments.display import Display, Progress, Show
 from experiments.files import claimed, write_text
 from experiments.parallel import Check
 from fedrobust import reporting
 
 Row = dict[str, Any]
-Progress = Callable[[int, int, dict[str, float]], None]
-"""`(done, in all, figures)`, called after every round."""
-Show = Callable[[str], Progress]
-"""From the name of a phase of a row to its progress."""
 
 
 def require_same(out: Path, config: Mapping[str, Any]) -> None:
@@ -34,7 +30,7 @@ def require_same(out: Path, config: Mapping[str, Any]) -> None:
     """
     path = out / "config.json"
     if not path.exists():
-        if out.exists() and any(out.iterdir()):
+        if out.exists() and any(other.suffix != ".tmp" for other in out.iterdir()):  # another process begins as well
             raise ValueError(f"--out is {out}: must be an empty folder, a new one, or one of this study")
         return
     other = json.loads(path.read_text())

@@ -6,7 +6,7 @@ python -m experiments.run epsilon_curve --dataset pneumonia_mnist
 python -m experiments.run codecs --dataset pneumonia_mnist --seeds 0 1 2
 python -m experiments.run combinations --help
 python -m experiments.run audit
-python -m experiments.run attack --models results/combinations-pneumonia_mnist-cpu --attack.suite auto_attack
+python -m experiments.run attack --models results/combinations-pneumonia_mnist-cpu
 """
 
 import contextlib

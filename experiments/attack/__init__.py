@@ -1,4 +1,4 @@
 """Other attacks on the models that a study left: nothing is trained again.
 
-python -m experiments.run attack --models results/combinations-pneumonia_mnist-cpu --attack.suite auto_attack
+python -m experiments.run attack --models results/combinations-pneumonia_mnist-cpu
 """

@@ -17,6 +17,7 @@ from experiments.combinations.serving import from_file
 from experiments.combinations.settings import COMBINATIONS, Study
 from experiments.combinations.study import config_of, report
 from experiments.combinations.training import BATCH_SIZE
+from experiments.display import Show
 from fedrobust import check, compression, data, evaluation, keys, reporting
 from fedrobust.types import Dataset
 
@@ -105,7 +106,7 @@ def find(attacking: Attacking) -> Sequence[Case]:
     return sorted(wanted, key=lambda case: case.row["seed"])
 
 
-def attack(study: Study, config: dict[str, Any], case: Case, test: Dataset, progress: grid.Show) -> reporting.Row:
+def attack(study: Study, config: dict[str, Any], case: Case, test: Dataset, progress: Show) -> reporting.Row:
     """One model's row, with what the attacks find now.
 
     Raises:

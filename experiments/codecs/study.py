@@ -15,6 +15,7 @@ from experiments.combinations.federation import Hospitals, build_model, hospital
 from experiments.combinations.row import provenance
 from experiments.combinations.study import config_of
 from experiments.combinations.training import BATCH_SIZE, Job, train
+from experiments.display import Show
 from experiments.files import write_text
 from experiments.ways import WAYS
 from fedrobust import evaluation, privacy, reporting, trees
@@ -74,7 +75,7 @@ def make_row(
     plan: privacy.Plan | None,
     site: Hospitals,
     out: Path,
-    progress: grid.Show,
+    progress: Show,
 ) -> dict[str, Any]:
     """Trains and measures one way with one seed.
 
@@ -121,9 +122,9 @@ def make_row(
     }
 
 
-def name_of(name: str, seed: int) -> str:
+def name_of(way: str, seed: int) -> str:
     """What the work on a way with a seed is called."""
-    return f"{name}-seed{seed}"
+    return f"{way}-seed{seed}"
 
 
 def _name_of_row(row: dict[str, Any]) -> str:

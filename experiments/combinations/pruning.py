@@ -32,15 +32,14 @@ def channels(model: Model, image_shape: tuple[int, ...]) -> compression.Channels
 
 
 def require_groups(settings: MC, channels: compression.Channels) -> None:
-    """Checks that there is a share for every group, where there are shares for groups at all.
+    """Checks that there is a share for every group.
 
     Raises:
         ValueError: another number; the line lists the groups by the first kernel that makes their channels.
     """
-    num = len(np.unique(channels.group))
-    given = len(settings.group_sparsity)
-    allowed = f"none, or {num} shares with --mc.scope uniform: of {', '.join(_group_names(channels))}"
-    fits = given == 0 or (given == num and settings.scope == "uniform")
+    names = _group_names(channels)
+    allowed = f"none, or {len(names)} shares with --mc.scope uniform: of {', '.join(names)}"
+    fits = len(settings.group_sparsity) == len(names) and settings.scope == "uniform"
     check.require(fits, "--mc.group-sparsity", settings.group_sparsity, allowed)
 
 
@@ -75,9 +74,9 @@ def schedule(
 
     def prune(state: State, rounds_done: int) -> State:
         # Scores come from the server's parameters, which under privacy are public already: masks cost nothing.
-        if sparsity(rounds_done) == sparsity(rounds_done - 1):
-            return state
         now = sparsity(rounds_done)
+        if now == sparsity(rounds_done - 1):
+            return state
         shares = [share * now / final for share in settings.group_sparsity] or now
         mask = compression.masks(channels, state.params, sparsity=shares, scope=settings.scope)
         masked = {"params": trees.multiply(state.params, mask), "average": trees.multiply(state.average, mask)}

@@ -21,7 +21,8 @@ from experiments.combinations.serving import Final, as_served, finish, runnable
 from experiments.combinations.settings import Attack as AttackSettings
 from experiments.combinations.settings import Study
 from experiments.combinations.training import BATCH_SIZE, Job, Trained, train
-from experiments.grid import Show, stopping
+from experiments.display import Show
+from experiments.grid import stopping
 from experiments.parallel import Check
 from fedrobust import attacks, compression, evaluation, keys, privacy, reporting, trees
 from fedrobust.types import Dataset, Key, Model, Run, Search

@@ -42,7 +42,7 @@ def run(study: Study, console: Console) -> Path:
     for seed, combination in wanted:  # a plan that cannot be made is an error before anything is written
         if combination.dp:
             make_plan(study, sites[seed])
-        if combination.mc:
+        if combination.mc and study.mc.group_sparsity:
             train = sites[seed].splits.train
             model = build_model(study, train.image.shape[1:], train.num_classes)
             pruning.require_groups(study.mc, pruning.channels(model, train.image.shape[1:]))

@@ -22,7 +22,7 @@ from experiments.combinations.federation import (
     training_attack,
 )
 from experiments.combinations.settings import AT
-from experiments.grid import Progress
+from experiments.display import Progress
 from fedrobust import compression, evaluation, federated, keys, threads, trees
 from fedrobust.types import LogitsFn, Model, Params
 

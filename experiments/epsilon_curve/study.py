@@ -16,6 +16,7 @@ from experiments.combinations.federation import Hospitals, Recipe, build_model, 
 from experiments.combinations.row import provenance
 from experiments.combinations.study import config_of
 from experiments.combinations.training import BATCH_SIZE, Job, train
+from experiments.display import Show
 from experiments.epsilon_curve.settings import Curve, Noise
 from experiments.files import write_text
 from fedrobust import evaluation, privacy, reporting
@@ -109,7 +110,7 @@ def recipe_of(curve: Curve, point: Point, plan: privacy.Plan | None, site: Hospi
 
 
 def make_row(
-    curve: Curve, point: Point, plan: privacy.Plan | None, site: Hospitals, out: Path, progress: grid.Show
+    curve: Curve, point: Point, plan: privacy.Plan | None, site: Hospitals, out: Path, progress: Show
 ) -> dict[str, Any]:
     """Trains and measures one point.
 

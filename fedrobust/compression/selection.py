@@ -72,7 +72,7 @@ def choose(
     multiple_of: int = 1,
 ) -> np.ndarray:
     """Which units stay, [U] bool, for [U] scores; see `masks`."""
-    shares = (sparsity,) if isinstance(sparsity, int | float) else tuple(sparsity)
+    shares = np.atleast_1d(sparsity).tolist()
     for share in shares:
         check.fraction("sparsity", share, one=False)
     check.one_of("scope", scope, SCOPES)

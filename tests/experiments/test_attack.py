@@ -59,6 +59,7 @@ def test_the_same_attacks_find_what_the_study_found_and_more_steps_no_less(train
     assert attack(trained, tmp_path / "more", SAME.replace("num-steps 2", "num-steps 9 --attack.num-restarts 2")) == 0
     for row, old in zip(reporting.read(tmp_path / "more" / "rows.jsonl"), rows, strict=True):
         assert row["config"]["attack"]["num_steps"] == 9
+        assert {entry["steps"] for name, entry in row["robust"].items() if name.startswith("pgd")} == {9}
         assert row["config_hash"] == reporting.config_hash(row["config"]) != old["config_hash"]
         worst, once = (min(x["accuracy"] for x in each["robust"].values()) for each in (row, old))
         assert worst <= once

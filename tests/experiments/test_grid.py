@@ -161,3 +161,11 @@ def test_a_folder_that_is_removed_while_others_wait_for_it_is_made_again(tmp_pat
         return had
 
     assert sum(parallel.run([claim_and_remove] * 4, num_threads=4)) > 0  # and nobody stumbled
+
+
+def test_a_process_that_begins_in_the_same_moment_is_no_stranger(tmp_path):
+    (tmp_path / "config.json.7.tmp").write_text("{")
+    grid.require_same(tmp_path, {"x": 1})
+    (tmp_path / "notes.txt").write_text("")
+    with pytest.raises(ValueError, match="must be an empty folder"):
+        grid.require_same(tmp_path, {"x": 1})
