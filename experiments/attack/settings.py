@@ -13,7 +13,8 @@ class Attacking:
     """One run: every model of the folders, or those that are named."""
 
     models: tuple[str, ...] = ("results/combinations-pneumonia_mnist-cpu",)
-    """Folders that the study left (its --out), all of one configuration; several where seeds were trained apart."""
+    """Folders that the study left (its --out), all of one configuration but for its attacks; several where seeds were
+    trained apart."""
     data_dir: str | None = None
     """Folder of prepared TFDS sets (default: TFDS_DATA_DIR, else ~/tensorflow_datasets)."""
     out: str | None = None

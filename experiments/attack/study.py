@@ -88,8 +88,8 @@ def find(attacking: Attacking) -> Sequence[Case]:
             case = Case(row, folder / "models" / f"{name_of_row(row)}.safetensors")
             check.require(case.name not in cases, "--models", str(folder), f"the only folder with {case.name}")
             cases[case.name] = case
-    hashes = {case.row["config_hash"] for case in cases.values()}
-    check.require(len(hashes) == 1, "--models", attacking.models, "folders of one configuration")
+    hashes = {reporting.config_hash({**case.row["config"], "attack": None}) for case in cases.values()}
+    check.require(len(hashes) == 1, "--models", attacking.models, "folders of one configuration, attacks apart")
     for seed in attacking.seeds:
         check.one_of("--seeds", seed, {case.row["seed"] for case in cases.values()})
     for combination in attacking.combinations:

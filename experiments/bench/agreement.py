@@ -122,7 +122,7 @@ def _ours(case: Case, setting: Setting) -> Broken:
         return case.apply(case.params, x)
 
     for member in suite.members:
-        attack = attacks.run(member.search, num_slots=NUM_SLOTS)
+        attack = attacks.run(member.search, num_slots=NUM_SLOTS, num_devices=None)
         found = jax.jit(attack, static_argnums=1)(key, logits_fn, case.image, case.label, case.clean)
         yield member.name, np.asarray(found.wrong)
 

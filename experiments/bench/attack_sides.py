@@ -91,6 +91,8 @@ def _jax_side(
 ) -> Step:
     import jax
 
+    jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
+
     from experiments.bench import sides
     from fedrobust import keys, ops
 
@@ -132,7 +134,7 @@ def _search(attack: str, library: str, steps: int) -> Any:
             random_start=False,
             detect_cycles=False,
         )
-    return attacks.run(search, num_slots=NUM_SLOTS, compact=library == "ours")
+    return attacks.run(search, num_slots=NUM_SLOTS, compact=library == "ours", num_devices=None)
 
 
 def _foolbox_jax(logits_fn: Any, image: np.ndarray, label: np.ndarray, steps: int) -> Step:

@@ -5,7 +5,9 @@ to 28 x 28 x 1; a few seconds of training. Equal weights on every side: each pro
 same class for every image. PGD of 40 steps and Auto-PGD of 100 from the clean image, cross-entropy, "linf", at a radius
 of 1e-4, where no example breaks and every side takes every step. PyTorch takes the faster of its memory formats. Each
 side is a process of its own and runs when its turn comes; medians; compilation is not timed. Ratios are ours over
-theirs, of speed. Rows for 64 images have the plain name, those for 512 end in _512 and take a fifth of the steps:
+theirs, of speed. Every JAX process has as many CPU devices as cores, and our side deals the images out to them
+(`attacks.run(num_devices=None)`). Rows for 64 images have the plain name, those for 512 end in _512 and take a fifth of
+the steps:
 
 - pgd40_over_torchattacks, pgd40_over_foolbox_torch, pgd40_over_art;
 - pgd40_over_foolbox_jax: the model given as the function it is; pgd40_over_foolbox_jax_jit: wrapped in jax.jit;

@@ -171,7 +171,7 @@ def robustness(settings: AttackSettings, final: Final, test: Dataset, key: Key) 
 
 @functools.lru_cache(maxsize=4)  # what a compiled attack is remembered by
 def _probes(num_steps: int) -> dict[str, Callable[[jax.Array], Run]]:
-    return attacks.probes(norm="linf", num_steps=num_steps, num_slots=NUM_SLOTS)
+    return attacks.probes(norm="linf", num_steps=num_steps, num_slots=NUM_SLOTS, num_devices=None)
 
 
 @functools.lru_cache(maxsize=4)  # likewise
@@ -181,7 +181,7 @@ def _threats(settings: AttackSettings, num_classes: int) -> tuple[evaluation.Thr
     def threat(family: str, search: Callable[[jax.Array], Search]) -> evaluation.Threat:
         example = search(jnp.asarray(1.0))
         steps = example.num_queries - (family != "square")  # the last question is about the last step's point
-        attack = lambda eps: attacks.run(search(eps), num_slots=NUM_SLOTS)  # noqa: E731
+        attack = lambda eps: attacks.run(search(eps), num_slots=NUM_SLOTS, num_devices=None)  # noqa: E731
         return evaluation.Threat(family, "linf", settings.eps, steps, example.num_tries, attack)
 
     def pgd(eps: jax.Array, num_steps: int, step_size: jax.Array, num_restarts: int) -> Search:

@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fedrobust import check, keys, trace
+from fedrobust import check, devices, keys, trace
 from fedrobust.attacks import objectives
+from fedrobust.attacks.spread import Examples, over_devices
 from fedrobust.types import Answer, Attack, Found, Key, LogitsFn, Run, Search
 
 
@@ -52,19 +53,30 @@ class _Game(NamedTuple):
 
 
 Ask = Callable[[tuple[jax.Array, jax.Array, jax.Array], jax.Array, jax.Array, Any], tuple[jax.Array, Answer]]
-"""`((example[B], try[B], question[B]), point[B,H,W,C], label[B], state) -> (logits that count [B,L], Answer [B])`."""
+"""`((number[B] of the example, try[B], question[B]), point[B,H,W,C], label[B], state) -> (logits [B,L], Answer [B])`.
+
+Those logits are what counts; the answer is what the search is told.
+"""
 
 
-def run(search: Search, *, num_slots: int, compact: bool = True, num_samples: int | None = None) -> Run:
+def run(
+    search: Search,
+    *,
+    num_slots: int,
+    compact: bool = True,
+    num_samples: int | None = None,
+    num_devices: int | None = 1,
+) -> Run:
     """The function that runs a search over N images.
 
     Args:
         search: what to run.
-        num_slots: images per call of the model >= 1; on an accelerator, what fills it.
+        num_slots: images per call of the model >= 1, on each device; on an accelerator, what fills it.
         compact: fill slots again as their tries end. False keeps all N examples in one batch, in step, to the
             end of every try, broken or not: the same result, for comparison.
         num_samples: None for a deterministic model `logits_fn(image)`. For a randomised one, `logits_fn(key, image)`,
             the draws >= 1 per question: what counts are its mean logits, its mean objective and its mean gradient.
+        num_devices: local devices to deal the examples out to; None for all.
 
     Returns:
         `(key, logits_fn, image[N,H,W,C] in [0, 1], label[N], todo[N] bool) -> Found`, to be compiled as one program.
@@ -75,7 +87,7 @@ def run(search: Search, *, num_slots: int, compact: bool = True, num_samples: in
 
     Guarantees:
         Success is an argmax that is not the label at a point inside the ball; logits with a NaN are none. Example i
-        draws from `fold_in(key, i)`, its try r from `fold_in(that, r)`: neither the number of slots nor `compact` nor
+        draws from `fold_in(key, i)`, its try r from `fold_in(that, r)`: neither slots nor devices nor `compact` nor
         the other examples change its result beyond the rounding of the model's batches. Where `todo` is False the
         image comes back untouched, not wrong, and the model is not asked. The clean image is judged once: with a radius
         of 0 exactly the clean errors are wrong. Plain convolutions of the model are run by `fedrobust.ops.conv`.
@@ -83,28 +95,16 @@ def run(search: Search, *, num_slots: int, compact: bool = True, num_samples: in
     check.at_least("num_slots", num_slots, 1)
     if num_samples is not None:
         check.at_least("num_samples", num_samples, 1)
+    on = devices.local(num_devices)
 
     def attack(key: Key, logits_fn: Callable[..., Any], image: jax.Array, label: jax.Array, todo: jax.Array) -> Found:
         chex.assert_rank([image, label, todo], [4, 1, 1])
         chex.assert_equal_shape_prefix([image, label, todo], 1)
-        image, label, todo = map(jnp.asarray, (image, label, todo))
-        num, num_tries = len(label), search.num_tries
         ask = _ask(search, key, trace.fast_convolutions(logits_fn), num_samples)
-        width = min(num_slots, num * num_tries) if compact else num
-        logits = _clean(ask, image, label, todo, width, num_tries)
-        winner = jnp.where(todo & _is_wrong(logits, label), -1, num_tries)
-        board = _Board(
-            image,
-            jnp.full(num, -jnp.inf),
-            jnp.full(num, num_tries),
-            winner,
-            jnp.zeros((num, num_tries), jnp.int32),
-        )
-        game = _game(search, ask, key, image, label, logits)
-        board = (_compacted if compact else _in_step)(search, game, board, todo, width, key)
-        counted = jnp.arange(num_tries) <= board.winner[:, None]
-        num_queries = (todo + jnp.sum(board.asked * counted, axis=1)) * (num_samples or 1)
-        return Found(board.image, board.winner < num_tries, num_queries)
+        one = functools.partial(_attack, search, ask, key, num_slots if compact else None)
+        examples = Examples(*map(jnp.asarray, (jnp.arange(len(label)), image, label, todo)))
+        found = over_devices(one, on)(examples)
+        return found._replace(num_queries=found.num_queries * (num_samples or 1))
 
     return attack
 
@@ -116,6 +116,25 @@ def as_attack(search: Search) -> Attack:
         return run(search, num_slots=len(label))(key, logits_fn, image, label, jnp.ones(len(label), bool)).image
 
     return attack
+
+
+def _attack(search: Search, ask: Ask, key: Key, num_slots: int | None, examples: Examples) -> Found:
+    """The search over the examples of one device; all of them in step where there are no slots."""
+    _, image, label, todo = examples
+    num, num_tries = len(label), search.num_tries
+    width = num if num_slots is None else min(num_slots, num * num_tries)
+    logits = _clean(ask, examples, width, num_tries)
+    board = _Board(
+        image,
+        jnp.full(num, -jnp.inf),
+        jnp.full(num, num_tries),
+        winner=jnp.where(todo & _is_wrong(logits, label), -1, num_tries),
+        asked=jnp.zeros((num, num_tries), jnp.int32),
+    )
+    game = _game(search, ask, key, examples, logits)
+    board = (_in_step if num_slots is None else _compacted)(search, game, board, todo, width, key)
+    counted = jnp.arange(num_tries) <= board.winner[:, None]
+    return Found(board.image, board.winner < num_tries, todo + jnp.sum(board.asked * counted, axis=1))
 
 
 def _ask(search: Search, key: Key, logits_fn: Callable[..., Any], num_samples: int | None) -> Ask:
@@ -162,15 +181,16 @@ def _ask(search: Search, key: Key, logits_fn: Callable[..., Any], num_samples: i
     return mean if num_samples else lambda _, point, label, state: once(None, point, label, state)
 
 
-def _clean(ask: Ask, image: jax.Array, label: jax.Array, todo: jax.Array, width: int, num_tries: int) -> jax.Array:
+def _clean(ask: Ask, examples: Examples, width: int, num_tries: int) -> jax.Array:
     """The logits [N,L] at the images to attack, others 0, in batches of `width`."""
+    number, image, label, todo = examples
     num = len(label)
     size = min(width, num)
     order = jnp.nonzero(todo, size=num + size, fill_value=num)[0]  # a whole batch may start at the last example
 
     def logits_of(rows: jax.Array) -> jax.Array:
         none = jnp.zeros(size, jnp.int32)
-        return ask((rows, none + num_tries, none), image[rows], label[rows], None)[0]
+        return ask((number[rows], none + num_tries, none), image[rows], label[rows], None)[0]
 
     def batch(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         begin, logits = carry
@@ -182,10 +202,12 @@ def _clean(ask: Ask, image: jax.Array, label: jax.Array, todo: jax.Array, width:
     return lax.while_loop(lambda carry: carry[0] < jnp.sum(todo), batch, (jnp.int32(0), none))[1]
 
 
-def _game(search: Search, ask: Ask, key: Key, image: jax.Array, label: jax.Array, logits: jax.Array) -> _Game:
+def _game(search: Search, ask: Ask, key: Key, examples: Examples, logits: jax.Array) -> _Game:
+    number, image, label, _ = examples
+
     def begin(example: jax.Array, index: jax.Array, is_open: jax.Array) -> _Jobs:
         def one(example: jax.Array, index: jax.Array) -> Any:
-            key_of_try = jax.random.fold_in(jax.random.fold_in(key, example), index)
+            key_of_try = jax.random.fold_in(jax.random.fold_in(key, number[example]), index)
             return search.start(key_of_try, image[example], logits[example], label[example], index)
 
         none = jnp.zeros(example.shape, jnp.int32)
@@ -195,7 +217,7 @@ def _game(search: Search, ask: Ask, key: Key, image: jax.Array, label: jax.Array
 
     def turn(jobs: _Jobs) -> _Jobs:
         point = jax.vmap(search.point)(jobs.state)
-        judged, answer = ask((jobs.example, jobs.attempt, jobs.asked), point, jobs.label, jobs.state)
+        judged, answer = ask((number[jobs.example], jobs.attempt, jobs.asked), point, jobs.label, jobs.state)
         black_box = search.objective is None
         value = jax.vmap(objectives.margin)(judged, jobs.label) if black_box else answer.value
         counts = jobs.open & jax.vmap(search.inside)(jobs.image, point)

@@ -15,7 +15,7 @@ from fedrobust.types import Run, Search
 
 
 def probes(
-    *, norm: str, num_steps: int = 20, num_queries: int = 300, num_slots: int = 32
+    *, norm: str, num_steps: int = 20, num_queries: int = 300, num_slots: int = 32, num_devices: int | None = 1
 ) -> dict[str, Callable[[jax.Array], Run]]:
     """One attack for each question of `evaluation.gate`, as a function of the radius.
 
@@ -23,7 +23,7 @@ def probes(
         norm: "linf" or "l2".
         num_steps: of PGD, >= 4; its steps are a fifth of the radius.
         num_queries: of the black boxes, >= 1.
-        num_slots: as in `run`.
+        num_slots, num_devices: as in `run`.
 
     Returns:
         By name: "fgsm" (one step), "pgd", "more_steps" (twice as many), "more_restarts" (two), "auto_pgd" (on the
@@ -63,8 +63,8 @@ def probes(
         "square": lambda eps: square(norm=norm, eps=eps, num_queries=num_queries, p_init=0.8),
         "noise": lambda eps: random_noise(norm=norm, eps=eps, num_queries=min(num_queries, 20)),
     }
-    return {name: _runner(search, num_slots) for name, search in searches.items()}
 
+    def runner(search: Callable[[jax.Array], Search]) -> Callable[[jax.Array], Run]:
+        return lambda eps: run(search(eps), num_slots=num_slots, num_devices=num_devices)
 
-def _runner(search: Callable[[jax.Array], Search], num_slots: int) -> Callable[[jax.Array], Run]:
-    return lambda eps: run(search(eps), num_slots=num_slots)
+    return {name: runner(search) for name, search in searches.items()}

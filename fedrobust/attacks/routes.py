@@ -1,5 +1,6 @@
 """Ways around a model whose own gradient is cut or vanishes, such as one that computes in integers."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -23,6 +24,7 @@ def routes(
     num_steps: int,
     num_queries: int,
     num_slots: int,
+    num_devices: int | None = 1,
     dequantized: LogitsFn | None = None,
     parent: LogitsFn | None = None,
 ) -> dict[str, Callable[[jax.Array], Run]]:
@@ -40,7 +42,7 @@ def routes(
         norm: "linf" or "l2".
         num_steps: of Auto-PGD on the margin, >= 1.
         num_queries: of Square, >= 1.
-        num_slots: as in `run`.
+        num_slots, num_devices: as in `run`.
         dequantized: as `logits_fn`, differentiable; None leaves its route out.
         parent: likewise.
 
@@ -62,12 +64,14 @@ def routes(
     if not trace.interruptions(logits_fn, image) and margin < _SATURATED:
         return {}
 
+    on_many = functools.partial(run, num_slots=num_slots, num_devices=num_devices)
+
     def search(eps: jax.Array) -> Search:
         return auto_pgd(norm=norm, eps=eps, num_steps=num_steps, random_start=True, objective="margin")
 
     def along(twin_of: Wrapper, search: Callable[[jax.Array], Search]) -> Callable[[jax.Array], Run]:
         def attack(eps: jax.Array) -> Run:
-            plain = run(search(eps), num_slots=num_slots)
+            plain = on_many(search(eps))
 
             def on_twin(key: Key, model: LogitsFn, image: jax.Array, label: jax.Array, todo: jax.Array) -> Found:
                 twin = twin_of(model)
@@ -92,11 +96,9 @@ def routes(
     if dequantized is not None:
         found["dequantized"] = along(lambda model: with_gradient_of(dequantized, model), search)
     if parent is not None:
-        found["parent"] = lambda eps: transfer(search(eps), parent, num_slots=num_slots)
+        found["parent"] = lambda eps: transfer(search(eps), parent, num_slots=num_slots, num_devices=num_devices)
     found["temperature"] = along(lambda model: lambda x: scale * straight(model)(x), entropy)
-    found["square"] = lambda eps: run(
-        square(norm=norm, eps=eps, num_queries=num_queries, p_init=0.8), num_slots=num_slots
-    )
+    found["square"] = lambda eps: on_many(square(norm=norm, eps=eps, num_queries=num_queries, p_init=0.8))
     return found
 
 

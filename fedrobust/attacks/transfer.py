@@ -6,7 +6,9 @@ from fedrobust.attacks.driver import run
 from fedrobust.types import Found, Key, LogitsFn, Run, Search
 
 
-def transfer(search: Search, twin: LogitsFn, *, num_slots: int, compact: bool = True) -> Run:
+def transfer(
+    search: Search, twin: LogitsFn, *, num_slots: int, compact: bool = True, num_devices: int | None = 1
+) -> Run:
     """The function that runs a search on a twin and judges each of its points by the target.
 
     The search goes on from the twin's logits and gradients alone, past the twin's own boundary, until the target fails.
@@ -14,8 +16,7 @@ def transfer(search: Search, twin: LogitsFn, *, num_slots: int, compact: bool = 
     Args:
         search: what to run.
         twin: a model of the same classes, such as the float parent of a quantized one; differentiable.
-        num_slots: as in `run`.
-        compact: as in `run`.
+        num_slots, compact, num_devices: as in `run`.
 
     Returns:
         `(key, logits_fn, image[N,H,W,C], label[N], todo[N] bool) -> Found`, as of `run`: its `wrong` and its choice of
@@ -26,7 +27,7 @@ def transfer(search: Search, twin: LogitsFn, *, num_slots: int, compact: bool = 
         Papernot, McDaniel, Goodfellow 2016, https://arxiv.org/abs/1605.07277. Deviation: every point is tried on the
         target, not the last alone.
     """
-    attack = run(search, num_slots=num_slots, compact=compact)
+    attack = run(search, num_slots=num_slots, compact=compact, num_devices=num_devices)
 
     def on_twin(key: Key, logits_fn: LogitsFn, image: jax.Array, label: jax.Array, todo: jax.Array) -> Found:
         def pair(x: jax.Array) -> tuple[jax.Array, jax.Array]:

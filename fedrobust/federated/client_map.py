@@ -1,26 +1,18 @@
-"""One function over K clients: in a loop, a scan, vectorised, or spread over devices, with the same result.
-
-This module alone knows devices, meshes and axis names.
-"""
+"""One function over K clients: in a loop, a scan, vectorised, or spread over devices, with the same result."""
 
 from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import AxisType, Mesh
-from jax.sharding import PartitionSpec as P
 
-from fedrobust import check
+from fedrobust import check, devices
 
 Backend = Literal["loop", "scan", "vmap", "pmap", "shard_map"]
 BACKENDS: tuple[Backend, ...] = ("loop", "scan", "vmap", "pmap", "shard_map")
 
 ClientFn = Callable[[Any, Any], Any]
 """`(shared, client) -> result`, pytrees of arrays."""
-
-_AXIS = "clients"
 
 
 def default_backend() -> Backend:
@@ -55,11 +47,9 @@ def map_clients(fn: ClientFn, *, backend: Backend | None = None, num_devices: in
     backend = default_backend() if backend is None else backend
     check.one_of("backend", backend, BACKENDS)
     if backend in ("pmap", "shard_map"):
-        available = jax.local_devices()
-        count = len(available) if num_devices is None else num_devices
-        check.require(1 <= count <= len(available), "num_devices", count, f"in [1, {len(available)}]")
-        spread = _pmapped if backend == "pmap" else _sharded
-        return _padded(spread(fn, available[:count]), count)
+        on = devices.local(num_devices)
+        spread = _pmapped if backend == "pmap" else devices.sharded
+        return _padded(spread(_scanned(fn), on), len(on))
     return {"loop": _looped, "scan": _scanned, "vmap": _vmapped}[backend](fn)
 
 
@@ -80,23 +70,14 @@ def _vmapped(fn: ClientFn) -> ClientFn:
     return jax.vmap(fn, in_axes=(None, 0))
 
 
-def _pmapped(fn: ClientFn, devices: list) -> ClientFn:
-    spread = jax.pmap(_scanned(fn), axis_name=_AXIS, in_axes=(None, 0), devices=devices)
+def _pmapped(fn: ClientFn, on: list[jax.Device]) -> ClientFn:
+    spread = jax.pmap(fn, axis_name=devices.AXIS, in_axes=(None, 0), devices=on)
 
     def mapped(shared: Any, clients: Any) -> Any:
-        rows = jax.tree.map(lambda x: x.reshape(len(devices), -1, *x.shape[1:]), clients)
+        rows = jax.tree.map(lambda x: x.reshape(len(on), -1, *x.shape[1:]), clients)
         return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), spread(shared, rows))
 
     return mapped
-
-
-def _sharded(fn: ClientFn, devices: list) -> ClientFn:
-    # Auto axes: Explicit ones, the default of `make_mesh`, reject inputs that were not placed beforehand.
-    mesh = Mesh(np.array(devices), (_AXIS,), axis_types=(AxisType.Auto,))
-
-    # With the check on, a gradient with respect to replicated parameters is silently summed over all shards, and a
-    # client's loop that starts from fresh zeros is rejected. Clients share nothing, so there is nothing to check.
-    return jax.shard_map(_scanned(fn), mesh=mesh, in_specs=(P(), P(_AXIS)), out_specs=P(_AXIS), check_vma=False)
 
 
 def _padded(mapped: ClientFn, multiple: int) -> ClientFn:

@@ -8,14 +8,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedrobust.attacks import as_attack, balls, objectives, run
+from fedrobust.attacks import as_attack, balls, objectives, run, spread
 from fedrobust.types import Answer, Search
 
 SHAPE = (4, 3, 1)
 NUM, NUM_TRIES, NUM_QUERIES, EPS = 24, 3, 5, 0.03
 KEY = jax.random.key(1)
 HIDDEN, OUT = (np.random.default_rng(1).normal(size=size).astype(np.float32) for size in ((12, 16), (16, 3)))
-WIDTHS = [{"num_slots": 1}, {"num_slots": 5}, {"num_slots": 200}, {"num_slots": 1, "compact": False}]
+WIDTHS = [
+    {"num_slots": 1},
+    {"num_slots": 5},
+    {"num_slots": 200},
+    {"num_slots": 1, "compact": False},
+    {"num_slots": 2, "num_devices": 2},
+    {"num_slots": 2, "num_devices": 5},  # 24 examples do not divide by 5
+    {"num_slots": 2, "num_devices": None},
+    {"num_slots": 1, "num_devices": 3, "compact": False},
+]
 
 
 def curved(x):
@@ -58,9 +67,9 @@ TODO = np.arange(NUM) != 5
 
 
 @functools.cache
-def program(num_slots, compact=True, num_samples=None):
+def program(num_slots, num_samples=None, **settings):
     logits_fn = curved if num_samples is None else noisy
-    search = run(toy(), num_slots=num_slots, compact=compact, num_samples=num_samples)
+    search = run(toy(), num_slots=num_slots, num_samples=num_samples, **settings)
     return jax.jit(lambda image, label, todo: search(KEY, logits_fn, image, label, todo))
 
 
@@ -157,6 +166,18 @@ def test_num_queries_counts_the_images_that_the_model_saw():
     assert asked < 0.7 * in_step == 0.7 * NUM * (1 + NUM_TRIES * NUM_QUERIES)
 
 
+def test_every_device_gets_its_share_of_what_is_to_be_attacked():
+    todo = np.arange(NUM) < 7  # the first of a row: cut in pieces, one device would have them all
+    watch = jax.jit(lambda todo: run(toy(), num_slots=1, num_devices=4)(KEY, watched, IMAGE, LABEL, todo))
+    ROWS.clear()
+    found = watch(todo)
+    jax.effects_barrier()
+    assert sum(ROWS) == int(found.num_queries.sum())
+    shares = np.asarray(spread._dealt(jnp.asarray(todo), 4)).reshape(4, -1)
+    assert sorted(todo[shares].sum(1)) == [1, 2, 2, 2]
+    np.testing.assert_array_equal(np.sort(shares, axis=None), np.arange(NUM))
+
+
 def test_nan_logits_are_no_success():
     program = jax.jit(lambda bad: run(toy(), num_slots=8)(KEY, lambda x: curved(x) + bad, IMAGE, LABEL, TODO))
     for bad in (jnp.full(3, jnp.nan), jnp.asarray([0.0, jnp.nan, 9.0])):
@@ -188,9 +209,10 @@ def test_a_black_box_search_takes_no_gradient():
 
 
 def test_a_randomised_model_is_judged_by_its_mean_and_slots_change_nothing():
-    one, other = (program(n, num_samples=2)(IMAGE, LABEL, TODO) for n in (5, 64))
-    for a, b in zip(one, other, strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-6)
+    one, *others = (program(n, 2, num_devices=d)(IMAGE, LABEL, TODO) for n, d in ((5, 1), (64, 1), (2, 3)))
+    for other in others:
+        for a, b in zip(one, other, strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-6)
     assert (one.num_queries % 2 == 0).all()
 
 
@@ -246,7 +268,10 @@ def test_the_radius_is_traced_and_plain_convolutions_are_replaced():
     assert "custom_vjp" in str(traced) or "custom_jvp" in str(traced)
 
 
-@pytest.mark.parametrize(("setting", "bad"), [("num_slots", 0), ("num_samples", 0), ("num_slots", 1.5)])
+@pytest.mark.parametrize(
+    ("setting", "bad"),
+    [("num_slots", 0), ("num_samples", 0), ("num_slots", 1.5), ("num_devices", 0), ("num_devices", 9)],
+)
 def test_a_bad_setting_is_named(setting, bad):
     with pytest.raises(ValueError, match=f"^{setting} is "):
         run(toy(), **{"num_slots": 4, setting: bad})
