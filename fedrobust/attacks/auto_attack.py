@@ -7,7 +7,6 @@ from fedrobust.attacks.auto_pgd import auto_pgd
 from fedrobust.attacks.balls import NORMS, Radius
 from fedrobust.attacks.fab import fab
 from fedrobust.attacks.objectives import OBJECTIVES
-from fedrobust.attacks.square import NORMS as SQUARE_NORMS
 from fedrobust.attacks.square import square
 from fedrobust.types import Search
 
@@ -91,7 +90,7 @@ def auto_attack(
 
     Returns:
         An `AutoAttack`; `replaced` says what differs: two classes have no DLR and fewer than four no targeted one (the
-        margin, or targeted margin, stands in), one targeted FAB stands for the two of "plus", and "l1" has no Square.
+        margin, or targeted margin, stands in), and one targeted FAB stands for the two of "plus".
 
     Raises:
         ValueError: unknown version or norm, a number out of range.
@@ -101,7 +100,7 @@ def auto_attack(
         "l1": Croce, Hein 2021, https://arxiv.org/abs/2103.01208, restarts and targets as in the same code.
     """
     check.one_of("version", version, VERSIONS)
-    check.one_of("norm", norm, NORMS if version == "standard" else SQUARE_NORMS)
+    check.one_of("norm", norm, NORMS if version == "standard" else ("linf", "l2"))
     check.at_least("num_classes", num_classes, 2)
     check.at_least("num_samples", num_samples, 1)
     num_starts, most_targets = (5, 5) if norm == "l1" else (1, _MAX_TARGETS)
@@ -125,20 +124,16 @@ def auto_attack(
         search = fab(norm=norm, eps=eps, num_steps=num_steps, num_targets=num_targets, num_restarts=num_restarts)
         return Member("fab_t", search)
 
-    black_box: tuple[Member, ...] = ()
-    if norm in SQUARE_NORMS:
-        black_box = (Member("square", square(norm=norm, eps=eps, num_queries=num_queries, p_init=0.8)),)
+    black_box = Member("square", square(norm=norm, eps=eps, num_queries=num_queries, p_init=0.8))
     targeted = pgd("apgd_t", 1, most_targets)
     members = {
-        "standard": (pgd("apgd_ce", num_starts), targeted, boundary(1), *black_box),
-        "plus": (pgd("apgd_ce", 5), pgd("apgd_dlr", 5), boundary(5), *black_box, targeted),
+        "standard": (pgd("apgd_ce", num_starts), targeted, boundary(1), black_box),
+        "plus": (pgd("apgd_ce", 5), pgd("apgd_dlr", 5), boundary(5), black_box, targeted),
         "rand": (pgd("apgd_ce", 1), pgd("apgd_dlr", 1)),
     }[version]
     replaced = [x for member in members if (x := _replacement(member.name, num_classes))]
     if version == "plus":
         replaced.append(Replacement("fab_t", "fab and fab_t", "fab_t", "the untargeted one has no targets of its own"))
-    if norm not in SQUARE_NORMS:
-        replaced.append(Replacement("square", "square", "", f"not written for {norm}"))
     return AutoAttack(members, tuple(replaced), num_samples if version == "rand" else None)
 
 

@@ -39,7 +39,7 @@ def routes(
     Args:
         logits_fn: `image[B,H,W,C] -> logits[B,L]`, the model as it is served.
         image: [B,H,W,C], some images; the margins on them decide about "temperature".
-        norm: "linf" or "l2".
+        norm: "linf", "l2" or "l1".
         num_steps: of Auto-PGD on the margin, >= 1.
         num_queries: of Square, >= 1.
         num_slots, num_devices: as in `run`.

@@ -1,5 +1,6 @@
 """Square attack: random squares, kept where they lower the margin. It sees logits and no gradient."""
 
+import functools
 from typing import NamedTuple
 
 import chex
@@ -11,7 +12,7 @@ from fedrobust import check
 from fedrobust.attacks import balls, objectives
 from fedrobust.types import Answer, Key, Search
 
-NORMS = ("linf", "l2")
+NORMS = ("linf", "l2", "l1")
 
 _HALVED_AFTER = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # of 10 000 queries
 
@@ -20,10 +21,10 @@ class Draw(NamedTuple):
     """The randomness of one proposal.
 
     Attributes:
-        corner: [2,2] int32, (row, column) of the upper left corners of the square and, for "l2", of the square that
-            gives its budget away.
+        corner: [2,2] int32, (row, column) of the upper left corners of the square and, but for "linf", of the square
+            that gives its budget away.
         sign: [C] float, -1 or 1, one per channel.
-        is_turned: [] bool, "l2": the pattern's two halves lie side by side, not on top of each other.
+        is_turned: [] bool, but for "linf": the pattern's two halves lie side by side, not on top of each other.
     """
 
     corner: jax.Array
@@ -45,13 +46,14 @@ def square(*, norm: str, eps: balls.Radius, num_queries: int, p_init: float, num
     """Random search by squares of shrinking side, each accepted if it raises the margin `max_{i != y} z_i - z_y`.
 
     "linf": the first point is the image with every column of every channel moved by +eps or -eps; a proposal moves one
-    square to +eps or -eps per channel. "l2": a grid of peaks; a proposal takes the change of one square away and spends
-    it on another, as a pair of opposite peaks added to the direction that is there. A square covers the fraction p of
+    square to +eps or -eps per channel. "l2", "l1": a grid of peaks, steeper ones in "l1"; a proposal takes the change
+    of one square away and spends it on another, as a pair of opposite peaks added to the direction that is there, and
+    is projected ("l1": onto ball and box at once). A square covers the fraction p of
     the image; p halves after query 10, 50, 200, 500, 1000, 2000, 4000, 6000 and 8000 of 10 000, in proportion for other
     numbers of queries.
 
     Args:
-        norm: "linf" or "l2".
+        norm: "linf", "l2" or "l1".
         eps: radius >= 0 of the ball, in units of the image range [0, 1].
         num_queries: questions per try, the first point included, >= 1.
         p_init: the first fraction p, in (0, 1]; 0.8 in AutoAttack.
@@ -70,8 +72,9 @@ def square(*, norm: str, eps: balls.Radius, num_queries: int, p_init: float, num
     Source:
         Andriushchenko, Croce, Flammarion, Hein 2020, https://arxiv.org/abs/1912.00049, algorithms 1 to 3, equation 2
         and the schedule of its appendix; the halving after 500 and the scaling of the schedule as in Croce, Hein 2020,
-        https://arxiv.org/abs/2003.01690. Deviations: corners are uniform over all places that fit; on images
-        narrower than the smallest "l2" square (3) it covers the narrower side.
+        https://arxiv.org/abs/2003.01690; "l1": Croce, Hein 2021, https://arxiv.org/abs/2103.01208, section 4, the peaks
+        and budgets as in their code. Deviations: corners are uniform over all places that fit; "l1" draws whether a
+        pattern is turned, as "l2" does; on images narrower than its smallest square (3) that covers the narrower side.
     """
     check.one_of("norm", norm, NORMS)
     if not isinstance(eps, jax.Array):
@@ -83,8 +86,9 @@ def square(*, norm: str, eps: balls.Radius, num_queries: int, p_init: float, num
     def start(key: Key, image: jax.Array, logits: jax.Array, label: jax.Array, index: jax.Array) -> _State:
         chex.assert_rank([image, logits, label], [3, 1, 0])
         del index  # the key is that of the try
-        first = _stripes if norm == "linf" else _grid
-        point = balls.project(norm, eps, image, image + eps * first(jax.random.fold_in(key, 0), image.shape))
+        of_first = jax.random.fold_in(key, 0)
+        change = eps * _stripes(of_first, image.shape) if norm == "linf" else _grid(norm, eps, of_first, image.shape)
+        point = balls.project(norm, eps, image, image + change)
         worst = jnp.full((), -jnp.inf, logits.dtype)
         return _State(key, image, label, point, jnp.zeros((), jnp.int32), image, worst)
 
@@ -95,7 +99,8 @@ def square(*, norm: str, eps: balls.Radius, num_queries: int, p_init: float, num
         num_asked = state.num_asked + 1
         side = jnp.asarray(sides(norm, num_queries, p_init, state.image.shape))[num_asked]
         drawn = draw(jax.random.fold_in(state.key, num_asked), side, state.image.shape)
-        point = (_flat if norm == "linf" else _peaks)(eps, state.image, best, side, drawn)
+        move = _flat if norm == "linf" else functools.partial(_peaks, norm)
+        point = move(eps, state.image, best, side, drawn)
         value = jnp.where(is_better, value, state.value)
         return state._replace(point=point, num_asked=num_asked, best=best, value=value)
 
@@ -117,7 +122,7 @@ def sides(norm: str, num_queries: int, p_init: float, shape: tuple[int, ...]) ->
     progress = np.arange(num_queries) * 10_000 // num_queries
     num_halvings = np.searchsorted(_HALVED_AFTER, progress)  # how many marks lie below
     side = np.maximum(np.rint(np.sqrt(p_init / 2.0**num_halvings * height * width)), 1)
-    if norm == "l2":
+    if norm != "linf":
         side = np.maximum(side, 3)
         side += side % 2 == 0
     return np.minimum(side, min(height, width)).astype(np.int32)
@@ -135,8 +140,11 @@ def _stripes(key: Key, shape: tuple[int, ...]) -> jax.Array:
     return jnp.broadcast_to(jax.random.rademacher(key, (1, *shape[1:]), jnp.float32), shape)
 
 
-def _grid(key: Key, shape: tuple[int, ...]) -> jax.Array:
-    """[H,W,C] of length 1: pairs of peaks on tiles of a fifth of the image, a random sign per tile and channel."""
+def _grid(norm: str, eps: balls.Radius, key: Key, shape: tuple[int, ...]) -> jax.Array:
+    """[H,W,C] pairs of peaks on tiles of a fifth of the image, a random sign per tile and channel.
+
+    "l2": of length eps together; "l1": each of length 1, for a projection that keeps the highest.
+    """
     height, width, channels = shape
     tile = max(min(height, width) // 5, 1)
     num = (height // tile, width // tile)
@@ -144,21 +152,22 @@ def _grid(key: Key, shape: tuple[int, ...]) -> jax.Array:
     sign = jax.random.rademacher(of_sign, (*num, 1, 1, channels), jnp.float32)
     is_turned = jax.random.bernoulli(of_turn, shape=(*num, 1, 1, 1))
     place = jnp.arange(tile)
-    upright = pattern(place[:, None], place[None], jnp.int32(tile), tile)
+    upright = _unit(norm, pattern(norm, place[:, None], place[None], jnp.int32(tile), tile))
     peaks = sign * jnp.where(is_turned, upright.T[..., None], upright[..., None])  # [rows,columns,tile,tile,C]
     peaks = peaks.transpose(0, 2, 1, 3, 4).reshape(num[0] * tile, num[1] * tile, channels)
     rest = [size - n * tile for size, n in zip((height, width), num, strict=True)]
     peaks = jnp.pad(peaks, [(r // 2, r - r // 2) for r in rest] + [(0, 0)])
-    return balls.direction("l2", peaks)
+    return eps * _unit(norm, peaks) if norm == "l2" else peaks
 
 
-def pattern(row: jax.Array, column: jax.Array, side: jax.Array, max_side: int) -> jax.Array:
-    """The update of "l2" squares, not yet normalised: a peak in the upper half, its negative in the lower.
+def pattern(norm: str, row: jax.Array, column: jax.Array, side: jax.Array, max_side: int) -> jax.Array:
+    """The update of "l2" and "l1" squares, not yet normalised: a peak in the upper half, its negative in the lower.
 
-    A half of k rows and `side` columns holds `sum_{j = d + 1}^{n + 1} 1 / j^2` at the Chebyshev distance d from its
-    centre, `n = side // 2`; each half has length 1.
+    A half of k rows and `side` columns holds `sum_{j = d + 1}^{n + 1} 1 / j^p` at the Chebyshev distance d from its
+    centre, `n = side // 2`, p = 2 for "l2" and 4 for "l1"; each half has length 1.
 
     Args:
+        norm: "l2" or "l1".
         row, column: integers from the corner of the square, any shapes that broadcast.
         side: [] int32.
         max_side: a static bound on it.
@@ -167,16 +176,17 @@ def pattern(row: jax.Array, column: jax.Array, side: jax.Array, max_side: int) -
         Values at (row, column), 0 outside the square.
 
     Source:
-        Andriushchenko et al. 2020, equation 2 and the text below it.
+        Andriushchenko et al. 2020, equation 2 and the text below it; Croce, Hein 2021 for "l1".
     """
-    sums = jnp.asarray(np.concatenate([[0], np.cumsum(1 / np.arange(1.0, max_side + 3) ** 2)]), jnp.float32)
+    heights = 1 / np.arange(1.0, max_side + 3) ** {"l2": 2, "l1": 4}[norm]
+    sums = jnp.asarray(np.concatenate([[0], np.cumsum(heights)]), jnp.float32)
     upper = side // 2
 
     def half(row: jax.Array, height: jax.Array) -> jax.Array:
         distance = jnp.maximum(jnp.abs(row - height // 2), jnp.abs(column - side // 2))
         value = sums[side // 2 + 1] - sums[jnp.clip(distance, 0, max_side + 2)]
         value = jnp.where((row >= 0) & (row < height) & (column >= 0) & (column < side), value, 0)
-        return value / jnp.maximum(jnp.sqrt(jnp.sum(jnp.square(value))), 1e-12)
+        return _unit(norm, value)
 
     return half(row, upper) - half(row - upper, side - upper)
 
@@ -193,21 +203,29 @@ def _flat(eps: balls.Radius, image: jax.Array, best: jax.Array, side: jax.Array,
     return jnp.where(_within(drawn.corner[0], side, image.shape), moved, best)
 
 
-def _peaks(eps: balls.Radius, image: jax.Array, best: jax.Array, side: jax.Array, drawn: Draw) -> jax.Array:
+def _peaks(norm: str, eps: balls.Radius, image: jax.Array, best: jax.Array, side: jax.Array, drawn: Draw) -> jax.Array:
     """The best point with the change of one square, and what the ball still allows, spent on another."""
     change = best - image
     to, of = (_within(corner, side, image.shape) for corner in drawn.corner)
     row, column = (jnp.arange(size) - at for size, at in zip(image.shape[:2], drawn.corner[0], strict=True))
-    upright = pattern(row[:, None], column[None], side, max(image.shape))
-    turned = pattern(column[None], row[:, None], side, max(image.shape))
-    peaks = balls.direction("l2", jnp.where(drawn.is_turned, turned, upright))[..., None]
-
-    def length(x: jax.Array) -> jax.Array:
-        return jnp.sqrt(jnp.sum(jnp.square(x), axis=(0, 1)))  # [C]
+    upright = pattern(norm, row[:, None], column[None], side, max(image.shape))
+    turned = pattern(norm, column[None], row[:, None], side, max(image.shape))
+    peaks = _unit(norm, jnp.where(drawn.is_turned, turned, upright))[..., None]
+    by_channel = jax.vmap(functools.partial(balls.length, norm), in_axes=-1)  # [C]
 
     there = jnp.where(to, change, 0)
-    new = drawn.sign.astype(image.dtype) * peaks + there / jnp.maximum(length(there), 1e-12)
-    unused = jnp.maximum(jnp.square(eps) - jnp.sum(jnp.square(change)), 0)
-    available = jnp.sqrt(jnp.square(length(jnp.where(to | of, change, 0))) + unused / image.shape[2])
-    new = new / jnp.maximum(length(new), 1e-12) * available
-    return balls.project("l2", eps, image, image + jnp.where(to, new, jnp.where(of, 0, change)))
+    new = drawn.sign.astype(image.dtype) * peaks + there / jnp.maximum(by_channel(there), 1e-12)
+    available, channels = by_channel(jnp.where(to | of, change, 0)), image.shape[2]
+    if norm == "l2":
+        unused = jnp.maximum(jnp.square(eps) - jnp.sum(jnp.square(change)), 0)
+        available = jnp.sqrt(jnp.square(available) + unused / channels)
+    else:  # more than there is, for a projection that keeps the highest
+        unused = jnp.maximum(eps - jnp.sum(jnp.abs(change)), 0)
+        available = channels * available + unused
+    new = new / jnp.maximum(by_channel(new), 1e-12) * available
+    return balls.project(norm, eps, image, image + jnp.where(to, new, jnp.where(of, 0, change)))
+
+
+def _unit(norm: str, x: jax.Array) -> jax.Array:
+    """An array divided by its length; 0 stays 0."""
+    return x / jnp.maximum(balls.length(norm, x), 1e-12)

@@ -52,7 +52,10 @@ def test_fab_breaks_what_torch_breaks(net, norm):
         assert np.sum(ours != errors) <= 10
 
 
-@pytest.mark.parametrize(("net", "norm"), [("ten", "linf"), pytest.param("two", "l2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("net", "norm"),
+    [("ten", "linf"), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("two", "l2"), ("ten", "l1")))],
+)
 def test_square_breaks_at_least_as_many_as_torch(net, norm):
     """Robust accuracy at most 0.5 points above the highest of the peers' seeds; it is lower on such small images.
 

@@ -1,6 +1,7 @@
 """Square attack: its path against a NumPy loop in float64 that is given the same draws."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -52,19 +53,42 @@ def margin(x, label, num_classes):
     return np.delete(logits, label).max() - logits[label]
 
 
-def half_peak(height, width):
-    """Squares laid over each other around the centre, the k-th with weight 1 / (k + 1)^2, clipped to the window."""
+def size_of(norm, x):
+    return {"linf": np.abs(x).max, "l2": lambda: np.sqrt((x**2).sum()), "l1": np.abs(x).sum}[norm]()
+
+
+def half_peak(norm, height, width):
+    """Squares laid over each other around the centre, the k-th with weight 1 / (k + 1)^p, clipped to the window."""
     out = np.zeros((height, width))
     for k in range(max(height, width) // 2 + 1):
         row, column = height // 2, width // 2
-        out[max(row - k, 0) : row + k + 1, max(column - k, 0) : column + k + 1] += 1 / (k + 1) ** 2
-    return out / np.linalg.norm(out) if out.size else out
+        out[max(row - k, 0) : row + k + 1, max(column - k, 0) : column + k + 1] += 1 / (k + 1) ** (
+            2 if norm == "l2" else 4
+        )
+    return out / size_of(norm, out) if out.size else out
 
 
-def peaks(side, is_turned):
-    out = np.concatenate([half_peak(side // 2, side), -half_peak(side - side // 2, side)])
-    out = out / np.linalg.norm(out)
+def peaks(norm, side, is_turned):
+    out = np.concatenate([half_peak(norm, side // 2, side), -half_peak(norm, side - side // 2, side)])
+    out = out / size_of(norm, out)
     return out.T if is_turned else out
+
+
+def projected(norm, eps, image, change):
+    """Onto ball and box; "l1": by bisection in float64, what is left of the changes after all shrink by as much."""
+    if norm == "l2":
+        return np.clip(image + change * min(1, eps / size_of(norm, change)), 0, 1)
+
+    def shrunk(by):
+        return np.clip(image + np.sign(change) * np.maximum(np.abs(change) - by, 0), 0, 1)
+
+    low, high = 0.0, np.abs(change).max()
+    if np.abs(shrunk(low) - image).sum() <= eps:
+        return shrunk(low)
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if np.abs(shrunk(middle) - image).sum() > eps else (low, middle)
+    return shrunk(high)
 
 
 @jax.jit
@@ -92,21 +116,24 @@ def loop(norm, eps, image, label, first, side, num_classes):
             continue
         change, union = current - image, np.zeros(SHAPE[:2], bool)
         union[to] = union[of] = True
-        unused = max(eps**2 - (change**2).sum(), 0)
+        unused = max(eps**2 - (change**2).sum() if norm == "l2" else eps - np.abs(change).sum(), 0)
         new = change.copy()
         new[of] = 0
         for k in range(SHAPE[2]):
             there = change[to][..., k]
-            spent = sign[k] * peaks(s, drawn.is_turned) + there / max(np.linalg.norm(there), 1e-12)
-            budget = np.sqrt((change[..., k][union] ** 2).sum() + unused / SHAPE[2])
-            new[(*to, k)] = spent / np.linalg.norm(spent) * budget
-        x = np.clip(image + new * min(1, eps / np.linalg.norm(new)), 0, 1)
+            spent = sign[k] * peaks(norm, s, drawn.is_turned) + there / max(size_of(norm, there), 1e-12)
+            freed = change[..., k][union]
+            budget = np.sqrt((freed**2).sum() + unused / SHAPE[2])
+            if norm == "l1":
+                budget = SHAPE[2] * (np.abs(freed).sum() + unused / SHAPE[2])
+            new[(*to, k)] = spent / size_of(norm, spent) * budget
+        x = projected(norm, eps, image, new)
 
 
-@pytest.mark.parametrize(("norm", "num_classes"), [("linf", 2), ("linf", 3), ("l2", 3)])
+@pytest.mark.parametrize(("norm", "num_classes"), [("linf", 2), ("linf", 3), ("l2", 3), ("l1", 3)])
 def test_square_equals_a_numpy_loop_with_the_same_draws(norm, num_classes):
     """Margins that differ by less than rounding may be told apart differently: none of these were."""
-    eps, side, num_improved = 0.2 if norm == "linf" else 1.0, sides(norm, 60, 0.8, SHAPE), 0
+    eps, side, num_improved = {"linf": 0.2, "l2": 1.0, "l1": 5.0}[norm], sides(norm, 60, 0.8, SHAPE), 0
     for i, image in enumerate(images(4, num_classes)):
         label = i % num_classes
         points, values = path(norm, num_classes, 60, eps, image, label)
@@ -118,7 +145,7 @@ def test_square_equals_a_numpy_loop_with_the_same_draws(norm, num_classes):
     assert num_improved > 20
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 def test_points_stay_in_the_ball_and_in_the_box_and_the_margin_never_falls(norm):
     image, rest = images(8, 1), np.arange(8) % 3
     image[0], image[1] = 0, 1
@@ -127,8 +154,8 @@ def test_points_stay_in_the_ball_and_in_the_box_and_the_margin_never_falls(norm)
         points = np.asarray(points, np.float64)
         assert points.min() >= 0 and points.max() <= 1
         change = (points - image[:, None]).reshape(8, 60, -1)
-        size = np.abs(change).max(2) if norm == "linf" else np.linalg.norm(change, axis=2)
-        assert size.max() <= eps * (1 + 1e-5) + 1.2e-7 * (eps > 0)
+        size = np.linalg.norm(change, ord={"linf": np.inf, "l2": 2, "l1": 1}[norm], axis=2)
+        assert size.max() <= eps * (1 + 1e-5) + 1.2e-7 * (eps > 0) * (144 if norm == "l1" else 1)
         assert (np.diff(values, axis=1) >= 0).all()
         if eps == 0.03:
             assert size[2:, 0].min() > 0.9 * eps  # the first point and the others use the radius up
@@ -170,11 +197,11 @@ def test_sides_by_hand():
 
 def test_pattern_equals_a_pile_of_squares():
     row, column = np.arange(12)[:, None] - 2, np.arange(12)[None] - 1
-    for side in (1, 2, 3, 4, 5, 8, 9):
-        found = jax.jit(pattern, static_argnums=3)(row, column, side, 12)
+    for norm, side in itertools.product(("l2", "l1"), (1, 2, 3, 4, 5, 8, 9)):
+        found = jax.jit(pattern, static_argnums=(0, 4))(norm, row, column, side, 12)
         expected = np.zeros((12, 12))
-        expected[2 : 2 + side, 1 : 1 + side] = peaks(side, False)
-        np.testing.assert_allclose(found / np.linalg.norm(found), expected, atol=1e-6)
+        expected[2 : 2 + side, 1 : 1 + side] = peaks(norm, side, False)
+        np.testing.assert_allclose(found / size_of(norm, found), expected, atol=1e-6)
 
 
 def test_corners_reach_every_place_and_signs_both_ways():
@@ -221,7 +248,7 @@ def test_nan_logits_are_never_accepted():
 @pytest.mark.parametrize(
     ("setting", "bad"),
     [
-        ("norm", "l1"),
+        ("norm", "l0"),
         ("eps", -0.1),
         ("eps", float("inf")),
         ("num_queries", 0),

@@ -17,7 +17,7 @@ RUNS = [
     # net, norm, eps, FAB steps, Square queries
     ("ten", "linf", 0.15, 20, 500),
     ("ten", "l2", 0.5, 20, 500),
-    ("ten", "l1", 1.5, 20, None),
+    ("ten", "l1", 1.5, 20, 500),
     ("two", "linf", 0.1, 20, 500),
     ("two", "l2", 0.5, 20, 500),
 ]
@@ -76,7 +76,7 @@ def attacks(model, net, norm, eps, num_steps, num_queries):
         model, norm=name, n_iter=num_steps, eps=eps, targeted=True, device="cpu", n_target_classes=others
     )
     yield "pyautoattack", "fab", 0, fab.perturb
-    for seed in SEEDS if num_queries else ():
+    for seed in SEEDS:
         square = pyautoattack.square.SquareAttack(
             model, norm=name, n_queries=num_queries, eps=eps, seed=seed, device="cpu"
         )
