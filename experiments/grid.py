@@ -94,6 +94,13 @@ def fill(
     return len(reporting.read(out / "rows.jsonl")) > 0
 
 
+def write_table(out: Path, name: str, table: reporting.Table, console: Console) -> None:
+    """Shows a table and writes it as `NAME.md` and `NAME.tex`."""
+    console.print(reporting.screen(table))
+    write_text(out / f"{name}.md", reporting.markdown(table))
+    write_text(out / f"{name}.tex", reporting.latex(table))
+
+
 def stopping(check: Check, show: Show) -> Show:
     """Progress that ends what another task's failure has made useless."""
 

@@ -5,10 +5,14 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 
+from fedrobust import reporting
 from fedrobust.types import Dataset, Model
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+RESULTS = ROOT / "experiments" / "combinations" / "results"
 
 
 def test_the_research_script_runs_and_is_fifteen_lines():
@@ -51,3 +55,9 @@ def test_a_model_gets_smaller_and_its_files_run(tmp_path, monkeypatch):
     np.testing.assert_allclose(
         names["export"].load_onnx("model.onnx")(names["image"]), run(loaded, names["image"]), rtol=1e-4, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.jsonl")), ids=lambda path: path.stem)
+def test_tables_are_those_of_the_rows(path):
+    table = reporting.markdown(reporting.table(reporting.read(path))).split("\n\n")[0]
+    assert table in README

@@ -5,14 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
+from experiments import grid
 from experiments.audit import one_run, one_step
 from experiments.audit.settings import Audit
 from experiments.combinations.federation import Hospitals, hospitals, make_plan
 from experiments.display import Display
 from experiments.files import write_text
-from fedrobust import privacy
+from fedrobust import privacy, reporting
 from fedrobust.reporting import Combination
 
 Row = dict[str, Any]
@@ -58,9 +58,8 @@ def run(settings: Audit, console: Console) -> int:
                 rows.append(_row(settings, Combination.parse(name), seed, site, display))
                 write_text(out / "audit.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
                 display.done(f"{name}, seed {seed}")
-    write_text(out / "audit.md", to_markdown(rows))
-    console.print(_to_rich(rows))
-    console.print(f"\n{_note(rows)}\n\naudit.jsonl and audit.md: {out}")
+    grid.write_table(out, "audit", _table(rows), console)
+    console.print(f"\naudit.jsonl, audit.md and audit.tex: {out}")
     violations = [row for row in rows if row["verdict"] != "holds"]
     for row in violations:
         console.print(f"VIOLATION: {row['combination']}, seed {row['seed']}: a lower bound is above its claim")
@@ -101,17 +100,9 @@ def _row(settings: Audit, combination: Combination, seed: int, site: Hospitals, 
     }
 
 
-def to_markdown(rows: list[Row]) -> str:
-    """The table of the rows in Markdown, its note below."""
-    lines = [[title for _, title in COLUMNS], ["---"] * len(COLUMNS), *map(_cells, rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{_note(rows)}\n"
-
-
-def _to_rich(rows: list[Row]) -> Table:
-    table = Table(*(title for _, title in COLUMNS))
-    for row in rows:
-        table.add_row(*_cells(row), style=None if row["verdict"] == "holds" else "bold red")
-    return table
+def _table(rows: list[Row]) -> reporting.Table:
+    header = [("", title) for _, title in COLUMNS]
+    return reporting.Table(header, [_cells(row) for row in rows], [_note(rows)], num_labels=2)
 
 
 def _cells(row: Row) -> list[str]:

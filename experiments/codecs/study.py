@@ -16,7 +16,6 @@ from experiments.combinations.row import provenance
 from experiments.combinations.study import config_of
 from experiments.combinations.training import BATCH_SIZE, Job, train
 from experiments.display import Show
-from experiments.files import write_text
 from experiments.ways import WAYS
 from fedrobust import evaluation, privacy, reporting, trees
 
@@ -54,10 +53,7 @@ def run(codecs: Codecs, console: Console) -> Path:
 def report(out: Path, console: Console) -> None:
     """Shows the table of a folder's rows and writes it, with the figure, beside them."""
     rows = reporting.read(out / "rows.jsonl")
-    table = reporting.uplink_table(rows)
-    console.print(reporting.screen(table, num_labels=1))
-    write_text(out / "table.md", reporting.markdown(table, num_labels=1))
-    write_text(out / "table.tex", reporting.latex(table, num_labels=1))
+    grid.write_table(out, "table", reporting.uplink_table(rows), console)
     reporting.accuracy_against_uplink(rows, out / "accuracy_against_uplink.png")
     console.print(f"\nrows.jsonl, table.md, table.tex and accuracy_against_uplink.png: {out}")
 

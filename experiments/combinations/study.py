@@ -13,7 +13,6 @@ from experiments.combinations import pruning
 from experiments.combinations.federation import build_model, hospitals, make_plan
 from experiments.combinations.row import make_row, name_of, name_of_row
 from experiments.combinations.settings import Study
-from experiments.files import write_text
 from fedrobust import reporting
 
 _NOT_OF_A_ROW = ("seeds", "combinations", "out", "data_dir", "client_map", "parallel", "checkpoint_every")
@@ -29,7 +28,7 @@ def run(study: Study, console: Console) -> Path:
 
     Returns:
         The folder that holds `rows.jsonl`, `ledger.jsonl` of its private rows, `table.md`, `table.tex`, the figures,
-        and `effects.md` where two rows that differ in one method share two seeds.
+        and `effects.md`, `effects.tex` where two rows that differ in one method share two seeds.
 
     Raises:
         ValueError: bad settings or data, or a folder that holds rows of another configuration. Nothing is written.
@@ -59,13 +58,10 @@ def run(study: Study, console: Console) -> Path:
 def report(out: Path, console: Console) -> None:
     """Shows the table of a folder's rows and writes it, with the figures, beside them."""
     rows = reporting.read(out / "rows.jsonl")
-    console.print(reporting.to_rich(rows))
-    write_text(out / "table.md", reporting.to_markdown(rows))
-    write_text(out / "table.tex", reporting.to_latex(rows))
+    grid.write_table(out, "table", reporting.table(rows), console)
     effects = reporting.effects_table(rows)
     if effects.lines:
-        console.print(reporting.screen(effects, num_labels=2))
-        write_text(out / "effects.md", reporting.markdown(effects, num_labels=2))
+        grid.write_table(out, "effects", effects, console)
     reporting.accuracy_against_radius(rows, out / "accuracy_against_radius.png")
     reporting.trade_off(rows, out / "trade_off.png")
     reporting.training_curves(rows, out / "training_curves.png")

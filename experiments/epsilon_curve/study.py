@@ -18,7 +18,6 @@ from experiments.combinations.study import config_of
 from experiments.combinations.training import BATCH_SIZE, Job, train
 from experiments.display import Show
 from experiments.epsilon_curve.settings import Curve, Noise
-from experiments.files import write_text
 from fedrobust import evaluation, privacy, reporting
 
 _NOT_OF_A_ROW = ("epsilons", "noises", "seeds", "out", "data_dir", "parallel", "checkpoint_every")
@@ -78,10 +77,7 @@ def run(curve: Curve, console: Console) -> Path:
 def report(out: Path, console: Console) -> None:
     """Shows the table of a folder's rows and writes it, with the figure, beside them."""
     rows = reporting.read(out / "rows.jsonl")
-    table = reporting.epsilon_table(rows)
-    console.print(reporting.screen(table, num_labels=2))
-    write_text(out / "table.md", reporting.markdown(table, num_labels=2))
-    write_text(out / "table.tex", reporting.latex(table, num_labels=2))
+    grid.write_table(out, "table", reporting.epsilon_table(rows), console)
     reporting.auc_against_epsilon(rows, out / "auc_against_epsilon.png")
     console.print(f"\nrows.jsonl, ledger.jsonl, table.md, table.tex and auc_against_epsilon.png: {out}")
 

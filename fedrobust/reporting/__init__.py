@@ -4,7 +4,7 @@ from fedrobust.reporting.curve import POINT_FIELDS, auc_against_epsilon, epsilon
 from fedrobust.reporting.effects import effects_table
 from fedrobust.reporting.plots import accuracy_against_radius, trade_off, training_curves
 from fedrobust.reporting.rows import FIELDS, Combination, Row, append, config_hash, read, validate
-from fedrobust.reporting.tables import Table, latex, markdown, screen, table, to_latex, to_markdown, to_rich
+from fedrobust.reporting.tables import Table, latex, markdown, screen, table
 from fedrobust.reporting.uplink import UPLINK_FIELDS, accuracy_against_uplink, uplink_table
 
 __all__ = [
@@ -26,9 +26,6 @@ __all__ = [
     "read",
     "screen",
     "table",
-    "to_latex",
-    "to_markdown",
-    "to_rich",
     "trade_off",
     "training_curves",
     "uplink_table",

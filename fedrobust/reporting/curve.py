@@ -68,7 +68,7 @@ def epsilon_table(rows: Sequence[Point]) -> Table:
             ]
         )
     names = ("ε", "noise", "AUC", "bal", "acc", "AUC lost", "σ", "seeds")
-    return Table([("", name) for name in names], lines, _notes(rows))
+    return Table([("", name) for name in names], lines, _notes(rows), num_labels=2)
 
 
 def auc_against_epsilon(rows: Sequence[Point], path: Path | str) -> Path:

@@ -45,7 +45,7 @@ def effects_table(rows: Sequence[Row]) -> Table:
         for pair in _pairs(rows)
     ]
     header = [("", "adding"), ("", "to"), *(name for name, _ in columns), ("", "seeds")]
-    return Table(header, lines, [_NOTE])
+    return Table(header, lines, [_NOTE], num_labels=2)
 
 
 _NOTE = (

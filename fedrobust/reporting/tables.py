@@ -21,13 +21,15 @@ class Table(NamedTuple):
 
     Attributes:
         header: for every column the group it belongs to ("" for none) and its own name.
-        lines: one per combination, a cell per column.
+        lines: a cell per column.
         notes: sentences to print below: units, what was attacked and poisoned, which models are degenerate.
+        num_labels: how many of the first columns say what a line is; the others hold its figures.
     """
 
     header: list[tuple[str, str]]
     lines: list[list[str]]
     notes: list[str]
+    num_labels: int
 
 
 class _Column(NamedTuple):
@@ -54,36 +56,21 @@ def table(rows: Sequence[Row]) -> Table:
         for combination, group in groups.items()
     ]
     header = [("", "DP"), ("", "AT"), ("", "MC"), *((column.group, column.name) for column in columns)]
-    return Table(header, lines, _notes(rows))
+    return Table(header, lines, _notes(rows), num_labels=3)
 
 
-def to_markdown(rows: Sequence[Row]) -> str:
-    """The table in Markdown, its notes below."""
-    return markdown(table(rows), num_labels=3)
-
-
-def to_latex(rows: Sequence[Row]) -> str:
-    """The table in LaTeX, for `booktabs` and `amssymb`, its notes below."""
-    return latex(table(rows), num_labels=3)
-
-
-def to_rich(rows: Sequence[Row]) -> RichTable:
-    """The table for a terminal; degenerate combinations in red."""
-    return screen(table(rows), num_labels=3)
-
-
-def markdown(table: Table, *, num_labels: int) -> str:
-    """Any table in Markdown, its notes below; the first `num_labels` columns are centred, figures stand right."""
-    header, lines, notes = table
+def markdown(table: Table) -> str:
+    """A table in Markdown, its notes below; labels are centred, figures stand right."""
+    header, lines, notes, num_labels = table
     align = [":-:"] * num_labels + ["--:"] * (len(header) - num_labels)
     names = [f"{group} {name}".strip() for group, name in header]
     text = "\n".join("| " + " | ".join(cells) + " |" for cells in [names, align, *lines])
     return text + "\n\n" + "\n".join(f"- {note}" for note in notes) + "\n"
 
 
-def latex(table: Table, *, num_labels: int) -> str:
-    """Any table in LaTeX, for `booktabs` and `amssymb`, its notes below; columns as in `markdown`."""
-    header, lines, notes = table
+def latex(table: Table) -> str:
+    """A table in LaTeX, for `booktabs` and `amssymb`, its notes below; columns as in `markdown`."""
+    header, lines, notes, num_labels = table
     body = [" & ".join(map(_latex, cells)) + r" \\" for cells in lines]
     return "\n".join(
         [
@@ -101,9 +88,9 @@ def latex(table: Table, *, num_labels: int) -> str:
     )
 
 
-def screen(table: Table, *, num_labels: int) -> RichTable:
-    """Any table for a terminal, lines with a mark in red; columns as in `markdown`."""
-    header, lines, notes = table
+def screen(table: Table) -> RichTable:
+    """A table for a terminal, lines with a mark in red; columns as in `markdown`."""
+    header, lines, notes, num_labels = table
     shown = RichTable(box=box.SIMPLE_HEAD, show_edge=False, padding=0, caption="\n".join(notes), caption_justify="left")
     for index, (group, name) in enumerate(header):
         shown.add_column(f"{group} {name}".strip(), justify="center" if index < num_labels else "right")

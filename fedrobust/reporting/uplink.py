@@ -62,7 +62,7 @@ def uplink_table(rows: Sequence[Sent]) -> Table:
             ]
         )
     names = ("acc", "bal", "AUC", "acc lost", "up, bytes", "fewer", "down, bytes", "fewer", "reaches", "seeds")
-    return Table([("", "way"), *(("", name) for name in names)], lines, _notes(rows))
+    return Table([("", "way"), *(("", name) for name in names)], lines, _notes(rows), num_labels=1)
 
 
 def lost_of(rows: Sequence[Sent]) -> Callable[[Sent], float | None]:

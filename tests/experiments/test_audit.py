@@ -30,7 +30,7 @@ def test_a_right_trainer_holds_and_one_with_half_the_noise_is_a_violation(tmp_pa
     assert row["canary_norm_over_clip_norm"] > 1
     assert row["verdict"] == "holds"
     assert "| dp | 0 |" in (tmp_path / "out" / "audit.md").read_text()
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["audit.jsonl", "audit.md"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["audit.jsonl", "audit.md", "audit.tex"]
 
     noise = row["noise_multiplier"]
     monkeypatch.setattr(

@@ -48,7 +48,7 @@ ROWS = [
 
 
 def test_the_table_by_hand():
-    header, lines, notes = epsilon_table(ROWS)
+    header, lines, notes, _ = epsilon_table(ROWS)
     assert [name for _, name in header] == ["ε", "noise", "AUC", "bal", "acc", "AUC lost", "σ", "seeds"]
     own, shares = "own noise in each silo", "shares of it, secure sum"
     assert lines == [
@@ -72,7 +72,7 @@ def test_a_curve_without_a_baseline_or_a_figure_says_nothing_about_it():
 
 def test_latex_and_markdown_have_a_line_per_point_and_no_group_names():
     table = epsilon_table(ROWS)
-    markdown, latex = reporting.markdown(table, num_labels=2), reporting.latex(table, num_labels=2)
+    markdown, latex = reporting.markdown(table), reporting.latex(table)
     assert markdown.splitlines()[1] == "| :-: | :-: |" + " --: |" * 6
     assert markdown.count("\n| ") == 1 + len(table.lines)
     assert r"\begin{tabular}{ccrrrrrr}" in latex

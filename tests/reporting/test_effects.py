@@ -11,7 +11,7 @@ def with_accuracy(row, accuracy):
 
 
 def cells(rows):
-    header, lines, _ = effects_table(rows)
+    header, lines, _, _ = effects_table(rows)
     names = [f"{group} {name}".strip() for group, name in header]
     return {tuple(line[:2]): dict(zip(names[2:], line[2:], strict=True)) for line in lines}
 
@@ -53,5 +53,5 @@ def test_a_radius_only_some_rows_have_is_left_out(row_of):
 
 
 def test_it_prints(study):
-    text = markdown(effects_table(study(2)), num_labels=2)
+    text = markdown(effects_table(study(2)))
     assert text.count("\n| ") == 13 and "- Change by the method" in text

@@ -3,7 +3,7 @@
 import pytest
 from rich.console import Console
 
-from fedrobust.reporting import table, to_latex, to_markdown, to_rich
+from fedrobust.reporting import latex, markdown, screen, table
 
 GOLDEN = """\
 | DP | AT | MC | clean acc | clean bal | clean AUC | L∞ 8/255 acc | L∞ 8/255 bal | L∞ 4/255 acc | L∞ 2/255 acc | poison mean | poison rule | size params | size bytes | ε |
@@ -25,11 +25,11 @@ GOLDEN = """\
 
 
 def test_markdown_is_the_table_written_by_hand(study):
-    assert to_markdown(study()) == GOLDEN
+    assert markdown(table(study())) == GOLDEN
 
 
 def test_order_of_rows_does_not_matter(study):
-    assert to_markdown(study()[::-1]) == GOLDEN
+    assert markdown(table(study()[::-1])) == GOLDEN
 
 
 def test_several_seeds_show_mean_and_sample_standard_deviation(study):
@@ -43,7 +43,7 @@ def test_what_was_not_measured_is_a_dash_and_unused_columns_go(study):
     rows = [row | {"poisoned": None, "privacy": None} for row in study()]
     rows[0]["clean"]["auc"] = None
     rows[0]["robust"] = {}
-    header, lines, notes = table(rows)
+    header, lines, notes, _ = table(rows)
     assert not any(group == "poison" for group, _ in header)
     assert lines[0][5:10] == ["–"] * 5 and {line[-1] for line in lines} == {"–"}
     assert len(notes) == 2
@@ -53,11 +53,11 @@ def test_a_failed_check_calls_the_robust_accuracies_overestimated(study):
     rows = study()
     failed = {"check": "noise_finds_no_more", "outcome": "failed", "figure": 0.1, "limit": 0.002, "detail": ""}
     rows[2]["checks"] += [failed, failed]
-    _, lines, notes = table(rows)
+    _, lines, notes, _ = table(rows)
     assert lines[2][6:10] == ["80.0‡", "78.0‡", "85.0‡", "87.5‡"]
     assert not any("‡" in cell for line in (*lines[:2], *lines[3:], lines[2][:6]) for cell in line)
     assert notes[-1] == "‡ Overestimated, by checks that failed: AT (seed 0: noise finds no more)."
-    assert r"80.0$^\ddagger$" in to_latex(rows)
+    assert r"80.0$^\ddagger$" in latex(table(rows))
 
 
 def test_several_norms_each_have_their_largest_radius_first(study):
@@ -70,7 +70,7 @@ def test_several_norms_each_have_their_largest_radius_first(study):
 
 
 def test_latex_is_balanced_and_plain_ascii(study):
-    text = to_latex(study(2))
+    text = latex(table(study(2)))
     assert text.isascii()
     widths = {line.count("&") for line in text.splitlines() if line.endswith(r"\\") and "multicolumn" not in line}
     assert widths == {14}
@@ -82,7 +82,7 @@ def test_latex_is_balanced_and_plain_ascii(study):
 @pytest.mark.parametrize("width", [100, 160])
 def test_terminal_shows_every_cell_of_one_seed(study, width):
     console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(to_rich(study()))
+    console.print(screen(table(study())))
     console.file.close()
     text = console.export_text()
     assert "…" not in text

@@ -41,7 +41,7 @@ ROWS = [
 
 
 def test_the_table_by_hand():
-    header, lines, notes = uplink_table(ROWS)
+    header, lines, notes, _ = uplink_table(ROWS)
     assert [name for _, name in header][:5] == ["way", "acc", "bal", "AUC", "acc lost"]
     cells = {line[0]: line[1:] for line in lines}
     assert list(cells) == ["float32", "few", "fewer", "many", "DP", "DP, few"]
