@@ -12,7 +12,7 @@ from fedrobust.types import Dataset, Model
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-RESULTS = ROOT / "experiments" / "combinations" / "results"
+ROWS = ROOT / "experiments" / "combinations" / "rows"
 
 
 def test_the_research_script_runs_and_is_fifteen_lines():
@@ -57,7 +57,7 @@ def test_a_model_gets_smaller_and_its_files_run(tmp_path, monkeypatch):
     )
 
 
-@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.jsonl")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(ROWS.glob("*.jsonl")), ids=lambda path: path.stem)
 def test_tables_are_those_of_the_rows(path):
     table = reporting.markdown(reporting.table(reporting.read(path))).split("\n\n")[0]
     assert table in README
