@@ -45,6 +45,7 @@ setup(
             "torchattacks==3.5.1",
             "foolbox==3.3.4",
             "adversarial-robustness-toolbox==1.20.1",
+            "pyautoattack==0.2.0",
         ],
         "tfds": ["tensorflow-cpu>=2.20,<3; sys_platform == 'linux'", "tensorflow>=2.20,<3; sys_platform != 'linux'"],
     },

@@ -1,16 +1,20 @@
 """AutoAttack beside torch implementations, member by member, on models of the study.
 
-The models are files that `combinations` left: plain, at and dp+at of one seed. Each member attacks, by itself, every
+The models are files that `combinations` left: plain, at and dp+at of seed 0. Each member attacks, by itself, every
 image that is classified rightly; both sides predict the same class for every clean image, or the command stops.
-torchattacks and pyautoattack have no targeted DLR for two classes; our set has a margin in its place.
+torchattacks and pyautoattack have no targeted DLR for two classes; our set has a margin in its place. Members that
+start or search at random run once per seed: on a weak model one seed moves the accuracy by a point.
 
-Command, with `pip install -e ".[attacks]"`: python -m experiments.bench.agreement MODELS [--json FILE]
+Every run is a row: a command that was stopped goes on, and processes that get the same command share the work.
+
+Command, with `pip install -e ".[attacks]"`: python -m experiments.bench.agreement MODELS --out DIR
 """
 
-import json as json_format
+import functools
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -19,25 +23,36 @@ import jax
 import numpy as np
 import tyro
 from rich.console import Console
-from rich.table import Table
 
+from experiments import grid
 from experiments.bench import torch_sides
 from experiments.combinations.federation import build_model
 from experiments.combinations.presets import preset
-from experiments.files import write_text
-from fedrobust import attacks, check, compression, data, keys
+from experiments.display import Show
+from fedrobust import attacks, check, compression, data, keys, reporting
 from fedrobust.types import Dataset
 
 COMBINATIONS = ("plain", "at", "dp+at")
+MEMBERS = {
+    "fedrobust": ("apgd_ce", "apgd_t", "fab_t", "square"),
+    "torchattacks": ("apgd_ce", "fab_t", "square"),
+    "pyautoattack": ("apgd_ce", "fab_t", "square"),
+}
+RANDOM = ("apgd_ce", "square")
+"""Members that run once per seed; the others run with the first one only."""
 NUM_STEPS = 100
 NUM_SLOTS = 64
 
+FIELDS: dict[str, tuple[str, ...]] = dict.fromkeys(
+    ("model", "side", "member", "seed", "num_images", "num_right", "standing"), ()
+)
+"""Of a row: `num_right` images are right when clean, those in `standing` (their indices) under the member as well."""
+
 
 class Setting(NamedTuple):
-    """Of every attack. Attributes: eps, the Linf radius; seed; num_queries, of Square."""
+    """Of every attack. Attributes: eps, the Linf radius; num_queries, of Square."""
 
     eps: float
-    seed: int
     num_queries: int
 
 
@@ -52,54 +67,79 @@ class Case(NamedTuple):
     clean: np.ndarray
 
 
-Broken = Iterator[tuple[str, np.ndarray]]
-"""Members, with which images each breaks [N] bool."""
-
-Found = dict[str, dict[str, float]]
-"""member -> side -> accuracy in %; also "clean" and "together"."""
-
-
 def main(
     models: Annotated[Path, tyro.conf.Positional],
-    json: Path | None = None,
+    out: Path,
     eps: float = 8 / 255,
-    seed: int = 0,
+    seeds: Sequence[int] = (0,),
     num_queries: int = 5000,
+    combinations: Sequence[str] = COMBINATIONS,
 ) -> None:
     """Runs both sides on every model and prints what each member leaves.
 
     Args:
-        models: the folder of the models' files.
-        json: where to write what was found.
+        models: the folder of the models' files, of seed 0.
+        out: folder for the rows and the table.
         eps: Linf radius, images in [0, 1].
-        seed: of the models and of the attacks.
+        seeds: of the attacks, one or more.
         num_queries: of Square.
+        combinations: which models.
     """
-    check.require(models.is_dir(), "models", str(models), "a folder that exists")
-    check.require(json is None or json.parent.is_dir(), "--json", str(json), "in a folder that exists")
-    setting, test = Setting(eps, seed, num_queries), data.load("pneumonia_mnist").test
-    found = {}
-    for name in COMBINATIONS:
-        found[name] = compare(_case(models / f"{name}-seed{seed}.safetensors", test), setting, name)
-    Console().print(_table(found, eps))
-    if json is not None:
-        versions = {name: version(name) for name in ("jax", "torch", "torchattacks", "pyautoattack")}
-        record = {**setting._asdict(), "num_steps": NUM_STEPS, "versions": versions, "accuracy": found}
-        write_text(json, json_format.dumps(record, indent=1) + "\n")
+    check.require(len(seeds) > 0, "--seeds", seeds, "one or more")
+    setting, test = Setting(eps, num_queries), data.load("pneumonia_mnist").test
+    versions = {name: version(name) for name in ("jax", "torch", "torchattacks", "pyautoattack")}
+    config = {**setting._asdict(), "num_steps": NUM_STEPS, "versions": versions}
+    grid.require_same(out, config)
+    tasks: dict[str, Callable[[Show], grid.Row]] = {}
+    for combination in combinations:
+        path = models / f"{combination}-seed0.safetensors"
+        check.require(path.is_file(), "models", str(path), "a file that exists")
+        case = functools.cache(functools.partial(_case, path, test))
+        for side, members in MEMBERS.items():
+            for member in members:
+                for seed in seeds if member in RANDOM else seeds[:1]:
+                    label = {"model": combination, "side": side, "member": member, "seed": seed}
+                    tasks[name_of(label)] = functools.partial(_row, label, case, setting)
+    console = Console()
+    if grid.fill(out, config, tasks, name_of, console, fields=FIELDS):
+        grid.write_table(out, "table", table(reporting.read(out / "rows.jsonl")), console)
 
 
-def compare(case: Case, setting: Setting, name: str) -> Found:
-    """Accuracy in % under each member by itself, and under all of a side's members together."""
-    result: Found = {"clean": {"fedrobust": 100 * float(case.clean.mean())}}
-    for side, broken in {"fedrobust": _ours(case, setting), **_peers(case, setting)}.items():
-        standing = case.clean.copy()
-        for member, wrong in broken:
-            accuracy = 100 * float(np.mean(case.clean & ~wrong))
-            print(f"{name}: {member} of {side} leaves {accuracy:.2f}", file=sys.stderr, flush=True)
-            result.setdefault(member, {})[side] = accuracy
-            standing &= ~wrong
-        result.setdefault("together", {})[side] = 100 * float(standing.mean())
-    return result
+def name_of(row: grid.Row) -> str:
+    """`plain-fedrobust-apgd_ce-0`."""
+    return "-".join(str(row[field]) for field in ("model", "side", "member", "seed"))
+
+
+def table(rows: Sequence[grid.Row]) -> reporting.Table:
+    """Accuracy in % under each member by itself, and under a side's members together: mean and range over the seeds.
+
+    A member with one seed counts with it in every seed's "together".
+    """
+    standing: dict[tuple[str, str], dict[str, dict[int, frozenset[int]]]] = defaultdict(lambda: defaultdict(dict))
+    for row in rows:
+        standing[row["model"], row["side"]][row["member"]][row["seed"]] = frozenset(row["standing"])
+    cells: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)
+    of_model = {row["model"]: row for row in rows}
+    for (model, side), members in standing.items():
+        seeds = sorted(set().union(*members.values()))
+        together = {
+            seed: frozenset.intersection(*(sets.get(seed, sets[min(sets)]) for sets in members.values()))
+            for seed in seeds
+        }
+        for member, sets in {**members, "together": together}.items():
+            left = [100 * len(of_seed) / of_model[model]["num_images"] for of_seed in sets.values()]
+            over = f" ({min(left):.2f} to {max(left):.2f}, {len(left)})" if len(left) > 1 else ""
+            cells[model, member][side] = f"{np.mean(left):.2f}{over}"
+    order = list(dict.fromkeys([member for members in MEMBERS.values() for member in members]))
+    lines = [
+        [model, member, *(cells[model, member].get(side, "–") for side in MEMBERS)]
+        for model in of_model
+        for member in (*order, "together")
+        if (model, member) in cells
+    ]
+    clean = ", ".join(f"{model} {100 * row['num_right'] / row['num_images']:.2f}" for model, row in of_model.items())
+    note = f"accuracy in % under each member alone; in brackets lowest, highest and number of seeds; clean: {clean}"
+    return reporting.Table([("", name) for name in ("model", "member", *MEMBERS)], lines, [note], num_labels=2)
 
 
 def _case(path: Path, test: Dataset) -> Case:
@@ -112,22 +152,37 @@ def _case(path: Path, test: Dataset) -> Case:
     return Case(params, apply, study.width, image, label, clean)
 
 
-def _ours(case: Case, setting: Setting) -> Broken:
+def _row(label: grid.Row, case: Callable[[], Case], setting: Setting, show: Show) -> grid.Row:
+    """What one run leaves."""
+    show("attack")(0, 1, {})
+    run = _ours if label["side"] == "fedrobust" else _peers
+    wrong = run(case(), setting, label)
+    clean = case().clean
+    return {
+        **label,
+        "num_images": len(clean),
+        "num_right": int(clean.sum()),
+        "standing": np.flatnonzero(clean & ~wrong).tolist(),
+    }
+
+
+def _ours(case: Case, setting: Setting, label: grid.Row) -> np.ndarray:
+    """[N] bool, what one of our members breaks."""
     suite = attacks.auto_attack(
         version="standard", norm="linf", eps=setting.eps, num_classes=2, num_queries=setting.num_queries
     )
-    key = keys.stream(keys.root(setting.seed), "evaluate")
+    [member] = [member for member in suite.members if member.name == label["member"]]
 
     def logits_fn(x: jax.Array) -> jax.Array:
         return case.apply(case.params, x)
 
-    for member in suite.members:
-        attack = attacks.run(member.search, num_slots=NUM_SLOTS, num_devices=None)
-        found = jax.jit(attack, static_argnums=1)(key, logits_fn, case.image, case.label, case.clean)
-        yield member.name, np.asarray(found.wrong)
+    attack = attacks.run(member.search, num_slots=NUM_SLOTS, num_devices=None)
+    key = keys.stream(keys.root(label["seed"]), "evaluate")
+    return np.asarray(jax.jit(attack, static_argnums=1)(key, logits_fn, case.image, case.label, case.clean).wrong)
 
 
-def _peers(case: Case, setting: Setting) -> dict[str, Broken]:
+def _peers(case: Case, setting: Setting, label: grid.Row) -> np.ndarray:
+    """[N] bool, what one of a peer's members breaks."""
     import torch
 
     warnings.simplefilter("ignore")
@@ -143,18 +198,13 @@ def _peers(case: Case, setting: Setting) -> dict[str, Broken]:
 
     if not (right(x) == case.clean).all():
         raise RuntimeError(f"the models disagree on {np.sum(right(x) != case.clean)} clean images")
-
-    def broken(makers: dict[str, Callable[[], Callable[..., Any]]]) -> Broken:
-        for member, make in makers.items():
-            sample = make()(x.clone(), y)
-            inside = (sample - x).abs().amax((1, 2, 3)) <= setting.eps * (1 + 1e-5) + 1e-6
-            inside &= (sample.amin((1, 2, 3)) >= 0) & (sample.amax((1, 2, 3)) <= 1)
-            yield member, ~right(sample) & inside.numpy()
-
-    return {name: broken(makers) for name, makers in _makers(model, setting).items()}
+    sample = _makers(model, setting, label["seed"])[label["side"]][label["member"]]()(x.clone(), y)
+    inside = (sample - x).abs().amax((1, 2, 3)) <= setting.eps * (1 + 1e-5) + 1e-6
+    inside &= (sample.amin((1, 2, 3)) >= 0) & (sample.amax((1, 2, 3)) <= 1)
+    return ~right(sample) & inside.numpy()
 
 
-def _makers(model: Any, setting: Setting) -> dict[str, dict[str, Callable[[], Callable[..., Any]]]]:
+def _makers(model: Any, setting: Setting, seed: int) -> dict[str, dict[str, Callable[[], Callable[..., Any]]]]:
     """How each peer's members are made."""
     import pyautoattack.autopgd_base as pgd
     import pyautoattack.fab_pt as fab
@@ -162,7 +212,7 @@ def _makers(model: Any, setting: Setting) -> dict[str, dict[str, Callable[[], Ca
     import torchattacks
 
     num = setting.num_queries
-    all_of = {"norm": "Linf", "eps": setting.eps, "seed": setting.seed}
+    all_of = {"norm": "Linf", "eps": setting.eps, "seed": seed}
     all_py = {**all_of, "device": "cpu"}
     steps_py = {**all_py, "n_iter": NUM_STEPS}
     return {
@@ -177,17 +227,6 @@ def _makers(model: Any, setting: Setting) -> dict[str, dict[str, Callable[[], Ca
             "square": lambda: square.SquareAttack(model, n_queries=num, **all_py).perturb,
         },
     }
-
-
-def _table(found: dict[str, Found], eps: float) -> Table:
-    sides = ("fedrobust", "torchattacks", "pyautoattack")
-    view = Table(title=f"accuracy in % under each member alone, Linf {eps:.4f}")
-    for title in ("model", "member", *sides):
-        view.add_column(title, justify="right" if title in sides else "left")
-    for model, members in found.items():
-        for member, accuracy in members.items():
-            view.add_row(model, member, *(f"{accuracy[side]:.2f}" if side in accuracy else "–" for side in sides))
-    return view
 
 
 if __name__ == "__main__":

@@ -116,8 +116,8 @@ def validate(row: Mapping[str, Any], fields: Mapping[str, tuple[str, ...]] = FIE
         missing += [f"robust.{name}.{field}" for field in ROBUST_FIELDS if field not in entry]
     if missing:
         raise ValueError(f"row lacks {', '.join(missing)}")
-    lengths = {name: len(row["history"][name]) for name in fields["history"]}
-    check.require(len(set(lengths.values())) == 1, "history", lengths, "lists of one length")
+    lengths = {name: len(row["history"][name]) for name in fields.get("history", ())}
+    check.require(len(set(lengths.values())) <= 1, "history", lengths, "lists of one length")
 
 
 def append(path: Path | str, row: Mapping[str, Any], *, fields: Mapping[str, tuple[str, ...]] = FIELDS) -> None:
