@@ -151,12 +151,18 @@ class Attack:
         check.require(len(self.eps) > 0, "--attack.eps", self.eps, "at least one radius")
         for eps in self.eps:
             check.positive("--attack.eps", eps)
+        different = len({f"{eps:.2g}" for eps in self.eps}) == len(self.eps)  # as a row's entries are named
+        check.require(different, "--attack.eps", self.eps, "radii that differ in their first two digits")
         check.at_least("--attack.num-steps", self.num_steps, 1)
         check.positive("--attack.relative-step", self.relative_step)
         check.at_least("--attack.num-restarts", self.num_restarts, 1)
         check.one_of("--attack.suite", self.suite, ("pgd", "auto_attack"))
         examples = self.gate_examples
         check.require(examples == 0 or examples >= 2, "--attack.gate-examples", examples, "0 or a whole number >= 2")
+        steps = self.num_steps
+        check.require(
+            examples == 0 or steps >= 4, "--attack.num-steps", steps, ">= 4 where --attack.gate-examples is set"
+        )
 
 
 @dataclass(frozen=True)

@@ -86,9 +86,9 @@ def run(
         ValueError: a number out of range.
 
     Guarantees:
-        Success is an argmax that is not the label at a point inside the ball; logits with a NaN are none. Example i
-        draws from `fold_in(key, i)`, its try r from `fold_in(that, r)`: neither slots nor devices nor `compact` nor
-        the other examples change its result beyond the rounding of the model's batches. Where `todo` is False the
+        Success is a point inside the ball where the argmax is not the label, or a logit is NaN. Example i draws from
+        `fold_in(key, i)`, its try r from `fold_in(that, r)`: neither slots nor devices nor `compact` nor the other
+        examples change its result beyond the rounding of the model's batches. Where `todo` is False the
         image comes back untouched, not wrong, and the model is not asked. The clean image is judged once: with a radius
         of 0 exactly the clean errors are wrong. Plain convolutions of the model are run by `fedrobust.ops.conv`.
     """
@@ -324,8 +324,8 @@ def _merge(board: _Board, jobs: _Jobs, over: jax.Array, num_tries: int) -> _Boar
 
 
 def _is_wrong(logits: jax.Array, label: jax.Array) -> jax.Array:
-    """[B] bool; NaN logits are not wrong."""
-    return (jnp.argmax(logits, axis=-1) != label) & ~jnp.any(jnp.isnan(logits), axis=-1)
+    """[B] bool; logits with a NaN are never right."""
+    return (jnp.argmax(logits, axis=-1) != label) | jnp.any(jnp.isnan(logits), axis=-1)
 
 
 def _select(row: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:

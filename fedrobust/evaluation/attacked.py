@@ -71,7 +71,8 @@ def attack_all(
         found = jax.device_get(_run(apply, attack, params, np.float32(eps), key, dataset.image, dataset.label, todo))
     delta = np.abs(found.image.astype(np.float64) - dataset.image).reshape(len(todo), -1)
     distance = {"linf": delta.max, "l2": lambda axis: np.sqrt((delta**2).sum(axis)), "l1": delta.sum}[norm](axis=1)
-    beyond = max(0.0, float((distance - eps).max()), -float(found.image.min()), float(found.image.max()) - 1)
+    low, high = float(found.image.min()), float(found.image.max())
+    beyond = float(np.max([0.0, (distance - eps).max(), -low, high - 1]))  # NaN where the image holds one
     logits = predict(apply, params, found.image, batch_size)
     return Outcome(found.image, predicted_class(logits), found.wrong, distance, beyond, found.num_queries)
 

@@ -117,8 +117,8 @@ def evaluate(
         `Robustness`. A radius of 0 gives the clean accuracy exactly.
 
     Raises:
-        ValueError: no threat, two of one name, a negative radius, no example, a batch_size < 1; images, labels or
-            outputs that `require_attackable` refuses.
+        ValueError: no threat, two threats or two radii of one name, a negative radius, no example, a batch_size < 1;
+            images, labels or outputs that `require_attackable` refuses.
 
     Source: the worst case per example: Croce, Hein 2020 (arXiv 2003.01690), section 6; the interval: Clopper, Pearson
         1934.
@@ -126,6 +126,9 @@ def evaluate(
     cases = [(threat, eps, threat.name(eps)) for threat in threats for eps in threat.eps]
     names = [name for _, _, name in cases]
     check.require(0 < len(names) == len(set(names)), "threats", names, "at least one, with different names")
+    radii = {(threat.norm, eps) for threat, eps, _ in cases}
+    different = len({(norm, f"{eps:.2g}") for norm, eps in radii}) == len(radii)
+    check.require(different, "eps", sorted(eps for _, eps in radii), "radii that differ in their first two digits")
     for _, eps, name in cases:
         check.non_negative(f"eps of {name}", eps)
     logits = predict(apply, params, dataset.image, batch_size)
@@ -162,11 +165,12 @@ def check_samples(outcomes: Sequence[tuple[Outcome, np.ndarray, float]], label: 
         outcomes: with what was to be attacked, [N] bool, and the radius of each.
         label: [N].
     """
-    attacked = [(outcome, todo) for outcome, todo, _ in outcomes if todo.any()]
-    differ = [float(np.mean((o.found != (o.prediction != label))[todo])) for o, todo in attacked]
+    attacked = [case for case in outcomes if case[1].any()]
+    beyond = [o.outside / max(1.0, eps) for o, _, eps in attacked]  # rounding grows with the radius
+    differ = [np.mean((o.found != (o.prediction != label)) & todo) for o, todo, _ in attacked]
     return [
-        checked("samples_inside_ball", max((o.outside for o, _ in attacked), default=None), 1e-5),
-        checked("success_is_reproduced", max(differ, default=None), 0.005),
+        checked("samples_inside_ball", float(np.max(beyond)) if beyond else None, 1e-5),
+        checked("success_is_reproduced", float(np.max(differ)) if differ else None, max(TOLERANCE, 1 / len(label))),
     ]
 
 

@@ -127,7 +127,7 @@ def test_no_example_feels_another():
     rest = ~np.isin(np.arange(NUM), [2, 7, 9, 11])
     for a, b in zip(one, other, strict=True):
         np.testing.assert_array_equal(np.asarray(a)[rest], np.asarray(b)[rest])
-    assert not np.asarray(other.wrong)[[2, 9, 11]].any()
+    assert np.asarray(other.wrong)[[2, 9, 11]].tolist() == [True, True, False]  # NaN is never right
 
 
 ROWS = []
@@ -178,12 +178,23 @@ def test_every_device_gets_its_share_of_what_is_to_be_attacked():
     np.testing.assert_array_equal(np.sort(shares, axis=None), np.arange(NUM))
 
 
-def test_nan_logits_are_no_success():
+def test_nan_logits_are_never_right():
     program = jax.jit(lambda bad: run(toy(), num_slots=8)(KEY, lambda x: curved(x) + bad, IMAGE, LABEL, TODO))
     for bad in (jnp.full(3, jnp.nan), jnp.asarray([0.0, jnp.nan, 9.0])):
         found = program(bad)
-        assert not found.wrong.any()
+        np.testing.assert_array_equal(found.wrong, TODO)
         np.testing.assert_array_equal(found.image, IMAGE)
+
+
+def test_a_model_that_answers_nan_at_a_changed_image_is_broken_there():
+    def logits_fn(x):
+        return jnp.where(jnp.all(x == jnp.round(x * 255) / 255, axis=(1, 2, 3))[:, None], curved(x), jnp.nan)
+
+    image = np.round(IMAGE * 255).astype(np.float32) / np.float32(255)
+    right = TODO & (np.asarray(curved(image)).argmax(1) == LABEL)
+    found = jax.jit(lambda: run(toy(), num_slots=8)(KEY, logits_fn, image, LABEL, TODO))()
+    assert right.any() and found.wrong[right].all()
+    assert np.isnan(logits_fn(found.image[right])).any(axis=1).all()
 
 
 def test_radius_zero_gives_the_clean_errors_exactly():

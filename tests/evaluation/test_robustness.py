@@ -146,11 +146,24 @@ def test_samples_outside_their_ball_and_successes_that_are_none_are_noticed():
 
     assert failed(by_hand(lambda keys, image, eps: image + 2 * eps)) == {"samples_inside_ball"}
     assert failed(by_hand(lambda keys, image, eps: image - 0.4), 0.5) == {"samples_inside_ball"}
+    assert "samples_inside_ball" in failed(by_hand(lambda keys, image, eps: image + jnp.nan))
 
     def boasting(eps):
         return lambda key, logits_fn, image, label, todo: Found(image, todo, todo.astype(jnp.int32))
 
     assert failed(boasting) == {"success_is_reproduced"}
+
+
+def test_one_success_of_forty_lost_to_rounding_is_no_failure():
+    def boasting(eps):
+        def run(key, logits_fn, image, label, todo):
+            return Found(image, todo & (jnp.cumsum(todo) == 1), todo.astype(jnp.int32))
+
+        return run
+
+    result = evaluate(linear, WEIGHT, DATASET, [Threat("x", "linf", (0.1,), 1, 1, boasting)], KEY, 40, cascade=False)
+    [check] = [check for check in result.checks if check["check"] == "success_is_reproduced"]
+    assert (check["outcome"], check["figure"]) == ("passed", pytest.approx(1 / 40))
 
 
 def test_attacks_that_are_weaker_than_they_should_be_are_noticed():
@@ -168,7 +181,15 @@ def test_attacks_that_are_weaker_than_they_should_be_are_noticed():
     assert failed(Threat("pgd", "linf", (0.02, 0.2), 8, 1, shrinking)) == {"success_rises_with_eps"}
 
 
-@pytest.mark.parametrize("threats", [(), (THREATS[0], THREATS[0]), (THREATS[0]._replace(eps=(-0.1,)),)])
+@pytest.mark.parametrize(
+    "threats",
+    [
+        (),
+        (THREATS[0], THREATS[0]),
+        (THREATS[0]._replace(eps=(-0.1,)),),
+        (THREATS[0]._replace(eps=(0.031,)), THREATS[0]._replace(family="idle", eps=(8 / 255,))),
+    ],
+)
 def test_bad_threats_are_refused(threats):
     with pytest.raises(ValueError):
         evaluate(linear, WEIGHT, DATASET, threats, KEY, 40, cascade=False)

@@ -84,6 +84,8 @@ BAD_SETTINGS = [
     ("quickstart --at.eps -0.1", "--at.eps"),
     ("quickstart --attack.eps -0.1", "--attack.eps"),
     ("quickstart --attack.eps 0.1 -0.1", "--attack.eps"),
+    ("quickstart --attack.eps 0.0301 0.0302", "--attack.eps"),
+    ("quickstart --attack.num-steps 3 --attack.gate-examples 8", "--attack.num-steps"),
     ("quickstart --dp.epsilon 0", "--dp.epsilon"),
     ("quickstart --dp.epsilon -1", "--dp.epsilon"),
     ("quickstart --dp.epsilon nan", "--dp.epsilon"),
