@@ -137,8 +137,7 @@ class Attack:
     num_restarts: int = 1
     """Random starts of PGD."""
     suite: Literal["pgd", "auto_attack"] = "pgd"
-    """pgd: FGSM and PGD, each by itself; auto_attack: its standard version, each member on what is left by those
-    before, smaller radii on what larger ones broke."""
+    """pgd: FGSM and PGD, each alone; auto_attack: each member on what is left, smaller radii on what larger broke."""
     gate_examples: int = 0
     """Test images about which the whole gate asks, at the largest radius; 0: about outputs and gradients only."""
 
@@ -148,21 +147,16 @@ class Attack:
         Raises:
             ValueError: one line, under the name the setting has on the command line.
         """
-        check.require(len(self.eps) > 0, "--attack.eps", self.eps, "at least one radius")
         for eps in self.eps:
             check.positive("--attack.eps", eps)
-        different = len({f"{eps:.2g}" for eps in self.eps}) == len(self.eps)  # as a row's entries are named
-        check.require(different, "--attack.eps", self.eps, "radii that differ in their first two digits")
-        check.at_least("--attack.num-steps", self.num_steps, 1)
+        different = 0 < len({f"{eps:.2g}" for eps in self.eps}) == len(self.eps)  # as a row's entries are named
+        check.require(different, "--attack.eps", self.eps, "one or more that differ in their first two digits")
+        check.at_least("--attack.num-steps", self.num_steps, 4 if self.gate_examples else 1)  # the gate's PGD
         check.positive("--attack.relative-step", self.relative_step)
         check.at_least("--attack.num-restarts", self.num_restarts, 1)
         check.one_of("--attack.suite", self.suite, ("pgd", "auto_attack"))
         examples = self.gate_examples
         check.require(examples == 0 or examples >= 2, "--attack.gate-examples", examples, "0 or a whole number >= 2")
-        steps = self.num_steps
-        check.require(
-            examples == 0 or steps >= 4, "--attack.num-steps", steps, ">= 4 where --attack.gate-examples is set"
-        )
 
 
 @dataclass(frozen=True)
