@@ -190,7 +190,9 @@ def test_a_search_counts_only_what_is_wrong_inside_the_ball_and_is_pure(name):
 @pytest.mark.parametrize("name", SEARCHES)
 def test_a_search_finds_nothing_at_radius_zero_and_leaves_images_where_logits_are_nan(name):
     attack, _, image, _ = search(name)
-    assert not attack(0.0, 0.0).wrong.any()
+    still = attack(0.0, 0.0)
+    assert not still.wrong.any()
+    np.testing.assert_array_equal(still.image, image)
     lost = attack(0.2, np.nan)  # wrong before anything is changed, but for the one that is not to be attacked
     assert lost.wrong.tolist() == [True] * 5 + [False]
     np.testing.assert_array_equal(lost.image, image)

@@ -3,7 +3,7 @@
 The models are files that `combinations` left: plain, at and dp+at of seed 0. Each member attacks, by itself, every
 image that is classified rightly; both sides predict the same class for every clean image, or the command stops.
 torchattacks and pyautoattack have no targeted DLR for two classes; our set has a margin in its place. Members that
-start or search at random run once per seed: on a weak model one seed moves the accuracy by a point.
+start or search at random run once per seed: a seed moves the accuracy of a weak model.
 
 Every run is a row: a command that was stopped goes on, and processes that get the same command share the work.
 
@@ -11,6 +11,7 @@ Command, with `pip install -e ".[attacks]"`: python -m experiments.bench.agreeme
 """
 
 import functools
+import hashlib
 import sys
 import warnings
 from collections import defaultdict
@@ -44,9 +45,10 @@ NUM_STEPS = 100
 NUM_SLOTS = 64
 
 FIELDS: dict[str, tuple[str, ...]] = dict.fromkeys(
-    ("model", "side", "member", "seed", "num_images", "num_right", "standing"), ()
+    ("model", "file", "side", "member", "seed", "num_images", "num_right", "standing"), ()
 )
-"""Of a row: `num_right` images are right when clean, those in `standing` (their indices) under the member as well."""
+"""Of a row: `file` begins the SHA-256 of the model's file; `num_right` images are right when clean, those in
+`standing` (their indices) under the member as well."""
 
 
 class Setting(NamedTuple):
@@ -90,15 +92,23 @@ def main(
     versions = {name: version(name) for name in ("jax", "torch", "torchattacks", "pyautoattack")}
     config = {**setting._asdict(), "num_steps": NUM_STEPS, "versions": versions}
     grid.require_same(out, config)
+    files = {combination: _digest(models / f"{combination}-seed0.safetensors") for combination in combinations}
+    for row in reporting.read(out / "rows.jsonl"):
+        same = files.get(row["model"], row["file"]) == row["file"]
+        check.require(same, "models", str(models), f"the folder with the {row['model']} of which {out} has rows")
     tasks: dict[str, Callable[[Show], grid.Row]] = {}
     for combination in combinations:
-        path = models / f"{combination}-seed0.safetensors"
-        check.require(path.is_file(), "models", str(path), "a file that exists")
-        case = functools.cache(functools.partial(_case, path, test))
+        case = functools.cache(functools.partial(_case, models / f"{combination}-seed0.safetensors", test))
         for side, members in MEMBERS.items():
             for member in members:
                 for seed in seeds if member in RANDOM else seeds[:1]:
-                    label = {"model": combination, "side": side, "member": member, "seed": seed}
+                    label = {
+                        "model": combination,
+                        "file": files[combination],
+                        "side": side,
+                        "member": member,
+                        "seed": seed,
+                    }
                     tasks[name_of(label)] = functools.partial(_row, label, case, setting)
     console = Console()
     if grid.fill(out, config, tasks, name_of, console, fields=FIELDS):
@@ -140,6 +150,11 @@ def table(rows: Sequence[grid.Row]) -> reporting.Table:
     clean = ", ".join(f"{model} {100 * row['num_right'] / row['num_images']:.2f}" for model, row in of_model.items())
     note = f"accuracy in % under each member alone; in brackets lowest, highest and number of seeds; clean: {clean}"
     return reporting.Table([("", name) for name in ("model", "member", *MEMBERS)], lines, [note], num_labels=2)
+
+
+def _digest(path: Path) -> str:
+    check.require(path.is_file(), "models", str(path), "a file that exists")
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
 
 
 def _case(path: Path, test: Dataset) -> Case:

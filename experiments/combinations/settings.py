@@ -137,7 +137,7 @@ class Attack:
     num_restarts: int = 1
     """Random starts of PGD."""
     suite: Literal["pgd", "auto_attack"] = "pgd"
-    """pgd: FGSM and PGD, each alone; auto_attack: each member on what is left, smaller radii on what larger broke."""
+    """pgd: FGSM and PGD, alone; auto_attack, standard: each on what is left, smaller radii on what larger broke."""
     gate_examples: int = 0
     """Test images about which the whole gate asks, at the largest radius; 0: about outputs and gradients only."""
 
@@ -151,7 +151,7 @@ class Attack:
             check.positive("--attack.eps", eps)
         different = 0 < len({f"{eps:.2g}" for eps in self.eps}) == len(self.eps)  # as a row's entries are named
         check.require(different, "--attack.eps", self.eps, "one or more that differ in their first two digits")
-        check.at_least("--attack.num-steps", self.num_steps, 4 if self.gate_examples else 1)  # the gate's PGD
+        check.at_least("--attack.num-steps", self.num_steps, 4 if self.gate_examples else 1)  # as attacks.probes
         check.positive("--attack.relative-step", self.relative_step)
         check.at_least("--attack.num-restarts", self.num_restarts, 1)
         check.one_of("--attack.suite", self.suite, ("pgd", "auto_attack"))

@@ -126,9 +126,9 @@ def evaluate(
     cases = [(threat, eps, threat.name(eps)) for threat in threats for eps in threat.eps]
     names = [name for _, _, name in cases]
     check.require(0 < len(names) == len(set(names)), "threats", names, "at least one, with different names")
-    radii = {(threat.norm, eps) for threat, eps, _ in cases}
-    different = len({(norm, f"{eps:.2g}") for norm, eps in radii}) == len(radii)
-    check.require(different, "eps", sorted(eps for _, eps in radii), "radii that differ in their first two digits")
+    unions = {(t.norm, eps): Threat("worst", t.norm, (eps,), 1, 1, t.attack) for t, eps, _ in cases}
+    different = len({union.name(*union.eps) for union in unions.values()}) == len(unions)
+    check.require(different, "eps", sorted(eps for _, eps in unions), "radii that differ in their first two digits")
     for _, eps, name in cases:
         check.non_negative(f"eps of {name}", eps)
     logits = predict(apply, params, dataset.image, batch_size)
@@ -150,7 +150,7 @@ def evaluate(
                 worst = np.where((worst == label) & todo, outcome.prediction, worst)
                 own = worst if cascade else np.where(todo, outcome.prediction, clean)
                 robust[threat.name(eps)] = _entry(own, label, threat, eps)
-            union = Threat("worst", norm, (eps,), 1, 1, threats[0].attack)
+            union = unions[norm, eps]
             robust[union.name(eps)] = {**_entry(worst, label, union, eps), "steps": None, "restarts": None}
             broken[union.name(eps)] = worst != label
             fragile &= worst != label

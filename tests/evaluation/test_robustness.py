@@ -154,6 +154,18 @@ def test_samples_outside_their_ball_and_successes_that_are_none_are_noticed():
     assert failed(boasting) == {"success_is_reproduced"}
 
 
+@pytest.mark.parametrize(("excess", "outcome"), [(6e-6, "passed"), (2e-5, "failed")])
+def test_what_rounding_may_add_to_a_distance_grows_with_the_radius(excess, outcome):
+    def sample(keys, image, eps):
+        return image + jnp.where(image < 0.5, 1, -1) * eps * (1 + excess) / 6  # of six pixels
+
+    result = evaluate(
+        linear, WEIGHT, DATASET, [Threat("x", "l1", (2.9,), 1, 1, by_hand(sample))], KEY, 40, cascade=False
+    )
+    [check] = [check for check in result.checks if check["check"] == "samples_inside_ball"]
+    assert check["outcome"] == outcome
+
+
 def test_one_success_of_forty_lost_to_rounding_is_no_failure():
     def boasting(eps):
         def run(key, logits_fn, image, label, todo):
