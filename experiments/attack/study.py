@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,6 +38,11 @@ class Case(NamedTuple):
         """As its file is called."""
         return self.path.stem
 
+    @property
+    def digest(self) -> str:
+        """The first 12 digits of the SHA-256 of its file."""
+        return hashlib.sha256(self.path.read_bytes()).hexdigest()[:12]
+
 
 def run(attacking: Attacking, console: Console) -> Path:
     """Attacks the models that were not yet, then writes tables and figures.
@@ -47,11 +53,13 @@ def run(attacking: Attacking, console: Console) -> Path:
 
     Returns:
         The folder that holds `rows.jsonl` and what `combinations` makes of it. A row is the study's, with what was
-        measured now in place of `robust` and `checks`, and `attacked_with`: the versions and the device of it.
+        measured now in place of `robust` and `checks`, and `attacked_with`: the versions and the device of it, and
+        `file`, the first 12 digits of the SHA-256 of the model's file.
 
     Raises:
-        ValueError: bad settings or data, damaged models, or a folder that holds rows of another configuration; nothing
-            is written. A model that is not the one its row speaks of; rows before it are kept.
+        ValueError: bad settings or data, damaged models, or a folder that holds rows of another configuration or of
+            other models by the same names; nothing is written. A model that is not the one its row speaks of; rows
+            before it are kept.
     """
     cases = find(attacking)
     first = Path(attacking.models[0]).resolve().name
@@ -59,6 +67,11 @@ def run(attacking: Attacking, console: Console) -> Path:
     study = dataclasses.replace(study_of(cases[0].row["config"]), attack=attacking.attack, data_dir=attacking.data_dir)
     config = config_of(study)
     grid.require_same(out, config)
+    digests = {case.name: case.digest for case in cases}
+    for row in reporting.read(out / "rows.jsonl"):
+        name, file = name_of_row(row), row.get("attacked_with", {}).get("file")
+        same = digests.get(name, file) == file
+        check.require(same, "--models", attacking.models, f"folders with the {name} that {out} has a row of")
     test = data.load(study.dataset, data_dir=study.data_dir).test
     has_rows = grid.fill(
         out,
@@ -135,7 +148,7 @@ def attack(study: Study, config: dict[str, Any], case: Case, test: Dataset, prog
         "clean": clean._asdict(),
         "robust": robust,
         "checks": checks,
-        "attacked_with": provenance(),
+        "attacked_with": {**provenance(), "file": case.digest},
     }
 
 

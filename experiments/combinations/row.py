@@ -178,11 +178,10 @@ def _probes(num_steps: int) -> dict[str, Callable[[jax.Array], Run]]:
 def _threats(settings: AttackSettings, num_classes: int) -> tuple[evaluation.Threat, ...]:
     """FGSM and PGD, or AutoAttack's members, at every radius."""
 
-    def threat(family: str, search: Callable[[jax.Array], Search]) -> evaluation.Threat:
-        example = search(jnp.asarray(1.0))
-        steps = example.num_queries - (family != "square")  # the last question is about the last step's point
+    def threat(family: str, num_steps: int, search: Callable[[jax.Array], Search]) -> evaluation.Threat:
+        num_tries = search(jnp.asarray(1.0)).num_tries
         attack = lambda eps: attacks.run(search(eps), num_slots=NUM_SLOTS, num_devices=None)  # noqa: E731
-        return evaluation.Threat(family, "linf", settings.eps, steps, example.num_tries, attack)
+        return evaluation.Threat(family, "linf", settings.eps, num_steps, num_tries, attack)
 
     def pgd(eps: jax.Array, num_steps: int, step_size: jax.Array, num_restarts: int) -> Search:
         return attacks.momentum_pgd(
@@ -197,10 +196,11 @@ def _threats(settings: AttackSettings, num_classes: int) -> tuple[evaluation.Thr
         return attacks.auto_attack(version="standard", norm="linf", eps=eps, num_classes=num_classes)
 
     if settings.suite == "auto_attack":
-        return tuple(threat(found.name, member(i)) for i, found in enumerate(suite(1.0).members))
+        return tuple(threat(found.name, found.num_steps, member(i)) for i, found in enumerate(suite(1.0).members))
+    steps, restarts = settings.num_steps, settings.num_restarts
     return (
-        threat("fgsm", lambda eps: pgd(eps, 1, eps, 1)),
-        threat("pgd", lambda eps: pgd(eps, settings.num_steps, eps * settings.relative_step, settings.num_restarts)),
+        threat("fgsm", 1, lambda eps: pgd(eps, 1, eps, 1)),
+        threat("pgd", steps, lambda eps: pgd(eps, steps, eps * settings.relative_step, restarts)),
     )
 
 

@@ -22,10 +22,12 @@ class Member(NamedTuple):
 
     Attributes:
         name: as published: "apgd_ce", "apgd_dlr", "apgd_t", "fab_t", "square".
+        num_steps: of each of its tries; of "square", queries.
         search: to be given to `run`, on the examples that no member before it broke.
     """
 
     name: str
+    num_steps: int
     search: Search
 
 
@@ -108,6 +110,7 @@ def auto_attack(
     def pgd(name: str, num_restarts: int, num_targets: int = 1) -> Member:
         return Member(
             name,
+            num_steps,
             auto_pgd(
                 norm=norm,
                 eps=eps,
@@ -122,9 +125,10 @@ def auto_attack(
     def boundary(num_restarts: int) -> Member:
         num_targets = min(_MAX_TARGETS, num_classes - 1)
         search = fab(norm=norm, eps=eps, num_steps=num_steps, num_targets=num_targets, num_restarts=num_restarts)
-        return Member("fab_t", search)
+        return Member("fab_t", num_steps, search)
 
-    black_box = Member("square", square(norm=norm, eps=eps, num_queries=num_queries, p_init=0.8))
+    search = square(norm=norm, eps=eps, num_queries=num_queries, p_init=0.8, rescale_schedule=False)
+    black_box = Member("square", num_queries, search)
     targeted = pgd("apgd_t", 1, most_targets)
     members = {
         "standard": (pgd("apgd_ce", num_starts), targeted, boundary(1), black_box),

@@ -49,7 +49,7 @@ def routes(
     Returns:
         By name, from a radius to an attack whose success is counted on the model it is given, which must be
         `logits_fn`. Empty for a model that no rounding, cast or stop stands in the way of and whose margins are below
-        30: its own gradient is the route.
+        15: its own gradient is the route.
 
     Raises:
         ValueError: unknown norm, a number out of range.
@@ -102,4 +102,4 @@ def routes(
     return found
 
 
-_SATURATED = 30.0  # of a softmax in float32 a margin of 17 leaves the larger share 1
+_SATURATED = 15.0  # of a softmax in float32 a margin of 17 leaves the larger share 1, and no slope

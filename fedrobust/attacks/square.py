@@ -42,15 +42,22 @@ class _State(NamedTuple):
     value: jax.Array  # [] that margin, -inf before the first answer
 
 
-def square(*, norm: str, eps: balls.Radius, num_queries: int, p_init: float, num_restarts: int = 1) -> Search:
+def square(
+    *,
+    norm: str,
+    eps: balls.Radius,
+    num_queries: int,
+    p_init: float,
+    num_restarts: int = 1,
+    rescale_schedule: bool = True,
+) -> Search:
     """Random search by squares of shrinking side, each accepted if it raises the margin `max_{i != y} z_i - z_y`.
 
     "linf": the first point is the image with every column of every channel moved by +eps or -eps; a proposal moves one
     square to +eps or -eps per channel. "l2", "l1": a grid of peaks, steeper ones in "l1"; a proposal takes the change
     of one square away and spends it on another, as a pair of opposite peaks added to the direction that is there, and
     is projected ("l1": onto ball and box at once). A square covers the fraction p of
-    the image; p halves after query 10, 50, 200, 500, 1000, 2000, 4000, 6000 and 8000 of 10 000, in proportion for other
-    numbers of queries.
+    the image; p halves after query 10, 50, 200, 500, 1000, 2000, 4000, 6000 and 8000.
 
     Args:
         norm: "linf", "l2" or "l1".
@@ -58,6 +65,7 @@ def square(*, norm: str, eps: balls.Radius, num_queries: int, p_init: float, num
         num_queries: questions per try, the first point included, >= 1.
         p_init: the first fraction p, in (0, 1]; 0.8 in AutoAttack.
         num_restarts: independent tries, >= 1.
+        rescale_schedule: those queries are of 10 000, and in proportion for another `num_queries`. AutoAttack does not.
 
     Returns:
         A `Search` without an objective: its driver computes no gradient.
@@ -97,7 +105,7 @@ def square(*, norm: str, eps: balls.Radius, num_queries: int, p_init: float, num
         is_better = value > state.value
         best = jnp.where(is_better, state.point, state.best)
         num_asked = state.num_asked + 1
-        side = jnp.asarray(sides(norm, num_queries, p_init, state.image.shape))[num_asked]
+        side = jnp.asarray(sides(norm, num_queries, p_init, state.image.shape, rescale_schedule))[num_asked]
         drawn = draw(jax.random.fold_in(state.key, num_asked), side, state.image.shape)
         move = _flat if norm == "linf" else functools.partial(_peaks, norm)
         point = move(eps, state.image, best, side, drawn)
@@ -116,10 +124,10 @@ def square(*, norm: str, eps: balls.Radius, num_queries: int, p_init: float, num
     )
 
 
-def sides(norm: str, num_queries: int, p_init: float, shape: tuple[int, ...]) -> np.ndarray:
+def sides(norm: str, num_queries: int, p_init: float, shape: tuple[int, ...], rescale: bool = True) -> np.ndarray:
     """The side [num_queries] int32 of the square of query i >= 1; query 0 is the first point."""
     height, width = shape[:2]
-    progress = np.arange(num_queries) * 10_000 // num_queries
+    progress = np.arange(num_queries) * 10_000 // (num_queries if rescale else 10_000)
     num_halvings = np.searchsorted(_HALVED_AFTER, progress)  # how many marks lie below
     side = np.maximum(np.rint(np.sqrt(p_init / 2.0**num_halvings * height * width)), 1)
     if norm != "linf":

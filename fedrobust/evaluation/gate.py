@@ -102,13 +102,14 @@ def _outputs(subject: _Subject, logits: np.ndarray) -> list[dict[str, Any]]:
 def _gradients(subject: _Subject, eps: float) -> list[dict[str, Any]]:
     """Whether the gradient in the image is there, whole, and says where the logits go."""
     apply, params, dataset, norm, key, batch_size = subject
-    size = min(batch_size, len(dataset.label))
-    image, label = jnp.asarray(dataset.image[:size]), jnp.asarray(dataset.label[:size])
-    names = trace.interruptions(lambda x: apply(params, x), image)
+    image, label = dataset.image, dataset.label
+    names = trace.interruptions(lambda x: apply(params, x), jnp.asarray(image[:batch_size]))
     # What `stop_gradient` takes away may be nothing (a shift that a norm undoes): the differences tell.
     cut = [name for name in names if name != "stop_gradient"]
     length = STEP * eps * (float(np.sqrt(np.prod(image.shape[1:]))) if norm == "linf" else 1.0)
-    zero, predicted, measured, noise = jax.device_get(_slopes(apply, params, image, label, key, length))
+    parts = [slice(start, start + batch_size) for start in range(0, len(label), batch_size)]
+    slopes = [jax.device_get(_slopes(apply, params, image[part], label[part], key, length)) for part in parts]
+    zero, predicted, measured, noise = map(np.concatenate, zip(*slopes, strict=True))
     largest = np.maximum(np.maximum(np.abs(predicted), np.abs(measured)), noise)
     share = float(np.mean(~(np.abs(predicted - measured) < 0.5 * largest)))
     return [
@@ -169,8 +170,8 @@ def _attacks(
         return right & ~(todo & (outcome.prediction != label))
 
     left = {name: attack(probes[name], eps, right) for name in ("fgsm", "pgd", "more_steps", "more_restarts")}
-    white = functools.reduce(np.logical_and, left.values())
-    white &= attack(probes["auto_pgd"], eps, white)
+    on_entropy = functools.reduce(np.logical_and, left.values())
+    white = on_entropy & attack(probes["auto_pgd"], eps, on_entropy)
     blind = {name: attack(probes[name], eps, white) for name in ("square", "noise")}
     others = {name: attack(other, eps, white) for name, other in extra.items()}
     weaker, stronger = (attack(probes["pgd"], factor * eps, right) for factor in (0.5, 2.0))
@@ -187,6 +188,7 @@ def _attacks(
         checked("pgd_at_least_as_strong_as_fgsm", gain(left["fgsm"], left["pgd"]), max(0.005, one)),
         checked("more_steps_find_no_more", gain(left["more_steps"], left["pgd"]), max(0.005, 2 * one)),
         checked("more_restarts_find_no_more", gain(left["more_restarts"], left["pgd"]), max(0.005, 2 * one)),
+        checked("auto_pgd_finds_no_more", gain(white, on_entropy), max(0.02, 2 * one)),
         checked("success_rises_with_eps", max(gain(weaker, left["pgd"]), gain(left["pgd"], stronger)), max(0.005, one)),
         checked("nothing_is_right_unbounded", float(np.mean(unbounded)), max(0.01, one)),
         checked("the_radius_is_used_up", float(1 - np.median(furthest)) if len(furthest) else None, 0.1),

@@ -56,7 +56,7 @@ Row = dict[str, Any]
 - `privacy`: None, or at least `epsilon`, `delta`, `unit`, `relation`, `sampling`
 - `history`: `round`, `loss`, `val_accuracy`: lists of one length
 - `train_seconds`: float; `versions`: dict; `device`: str; where it was attacked again later, `attacked_with`: both of
-  these
+  these, and `file`, which the SHA-256 of the model's file begins with
 """
 
 FIELDS: Mapping[str, tuple[str, ...]] = {

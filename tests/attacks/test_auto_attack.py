@@ -42,8 +42,9 @@ def set_of(version="standard", **settings):
 def test_sets_are_the_published_ones(version, expected):
     found = set_of(version)
     assert [member.name for member in found.members] == list(expected)
-    for name, search in found.members:
+    for name, num_steps, search in found.members:
         num_tries, num_queries = expected[name]
+        assert num_steps == (5000 if name == "square" else 100)
         assert search.num_tries == num_tries
         assert num_queries in (None, search.num_queries)
     assert [x[:3] for x in found.replaced] == ([FABS] if version == "plus" else [])
@@ -67,7 +68,7 @@ def test_what_is_not_defined_is_replaced_and_said(version, num_classes, expected
     for x in found.replaced[: -1 if version == "plus" else None]:
         assert x.reason == f"{x.published} is not defined for {num_classes} classes"
     logits = jax.ShapeDtypeStruct((num_classes,), jnp.float32)
-    for _, search in found.members:
+    for _, _, search in found.members:
         state = jax.eval_shape(search.start, KEY, IMAGE[0], logits, jnp.int32(0), jnp.int32(0))
         if search.objective is not None:
             assert jax.eval_shape(search.objective, logits, jnp.int32(0), state).shape == ()
@@ -76,10 +77,10 @@ def test_what_is_not_defined_is_replaced_and_said(version, num_classes, expected
 def test_the_l1_set_has_more_starts_and_fewer_targets():
     found = set_of(norm="l1", eps=1.0)
     tries = [("apgd_ce", 5), ("apgd_t", 5), ("fab_t", 9), ("square", 1)]
-    assert [(name, search.num_tries) for name, search in found.members] == tries
+    assert [(name, search.num_tries) for name, _, search in found.members] == tries
     assert not found.replaced
     few = set_of(norm="l1", eps=1.0, num_classes=3)
-    assert [search.num_tries for _, search in few.members] == [5, 2, 2, 1]
+    assert [search.num_tries for _, _, search in few.members] == [5, 2, 2, 1]
 
 
 @pytest.mark.parametrize("version", ["plus", "rand"])

@@ -190,6 +190,8 @@ def test_sides_by_hand():
     assert side[at].tolist() == [25, 25, 18, 18, 13, 9, 6, 4, 3, 2, 2, 1]
     short = sides("linf", 1000, 0.8, (28, 28, 1))
     assert short[[1, 2, 5, 6, 801]].tolist() == [25, 18, 18, 13, 1]
+    as_in_auto_attack = sides("linf", 5000, 0.8, (28, 28, 1), rescale=False)
+    assert (as_in_auto_attack == side[:5000]).all()
     assert sides("l2", 10_000, 0.8, (28, 28, 1))[at].tolist() == [25, 25, 19, 19, 13, 9, 7, 5, 3, 3, 3, 3]
     assert sides("l2", 100, 1.0, (2, 5, 1)).max() == 2
     assert (sides("linf", 100, 0.001, (4, 4, 1))[1:] == 1).all()

@@ -167,6 +167,23 @@ def test_a_broken_defense_is_flagged(name):
     assert is_overestimated(list(checks.values()))
 
 
+def test_a_saturated_winner_beside_a_decoy_is_flagged():
+    """In float32 the winner's share of the softmax is 1 and its slope 0: cross-entropy sees the decoy alone."""
+    strong, weak = jax.random.normal(KEY, (2, 256))
+    image = jax.random.uniform(jax.random.key(1), (400, 16, 16, 1))
+
+    def decoyed(params, x):
+        signal, decoy = jnp.moveaxis((x.reshape(len(x), -1) - 0.5) @ jnp.stack([strong, 0.01 * weak], 1), 1, 0)
+        return jnp.stack([jnp.where(signal > 0, 5 * signal, decoy), jnp.where(signal > 0, decoy, -5 * signal)], 1)
+
+    logits = decoyed(None, image)
+    margin = jnp.abs(logits[:, 0] - logits[:, 1])
+    chosen = (margin > 20) & (margin < 30)  # an attack in the l1 dual moves `signal` by 6, the margin by 30
+    dataset = Dataset(image[chosen], logits[chosen].argmax(1), 2)
+    checks = gate(decoyed, None, dataset, PROBE, KEY, 64, norm="linf", eps=0.03)
+    assert {"auto_pgd_finds_no_more"} <= failed({check["check"]: check for check in checks})
+
+
 def test_a_radius_that_is_never_reached_is_flagged():
     short = dict.fromkeys(PROBE, lambda eps: PROBE["pgd"](0.3 * eps))  # one for all: compiled once
     assert "the_radius_is_used_up" in failed(verdict(RELU, trained("relu"), short))

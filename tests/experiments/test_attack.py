@@ -146,6 +146,18 @@ def test_what_cannot_be_attacked_is_one_line(trained, tmp_path, capsys, damage, 
     assert not (tmp_path / "out" / "rows.jsonl").exists()
 
 
+def test_rows_of_a_model_that_was_replaced_are_kept_and_named(trained, tmp_path, capsys):
+    copy, out = tmp_path / "copy", tmp_path / "out"
+    shutil.copytree(trained, copy)
+    assert attack(copy, out, SAME + " --seeds 0 --combinations plain") == 0
+    before = (out / "rows.jsonl").read_text()
+    _foreign(copy)
+    capsys.readouterr()
+    assert attack(copy, out, SAME + " --combinations plain") == 2
+    assert "must be folders with the plain-seed0 that" in capsys.readouterr().err
+    assert (out / "rows.jsonl").read_text() == before
+
+
 def test_one_model_from_two_folders_is_refused(trained, tmp_path, capsys):
     assert attack(trained, tmp_path / "out", SAME, "seed0 seed0") == 2
     assert "the only folder with plain-seed0" in capsys.readouterr().err
