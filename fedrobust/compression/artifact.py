@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from fedrobust.compression.quantization import Quantized, dequantize
 from fedrobust.compression.ranges import Ranges, integer_layers
 from fedrobust.types import Params
 
-VERSION = "1"
+VERSION = "2"
 
 Apply = Callable[[Params, jax.Array], jax.Array]
 
@@ -78,13 +78,11 @@ def save(
         check.require(shapes == expected, "params shapes", shapes, f"{expected}, as channels and masks say")
     metadata = {
         "fedrobust": VERSION,
-        "channels": "" if channels is None else fingerprint(channels),
+        "model": _fingerprint(packing.names(values), shapes, channels),
         "kept": keep,
-        "guarantee": json.dumps(dict(guarantee), allow_nan=False, separators=(",", ":")),
+        "guarantee": guarantee_text(guarantee),
     }
     tensors = packing.pack(params)
-    if tensors.keys().isdisjoint(packing.names(values)):  # no tensor tells whose it is
-        metadata["parameters"] = packing.fingerprint(values, shapes)
     if ranges is not None:
         tensors[packing.RANGES] = np.array([(i, *mapping) for i, mapping in sorted(ranges.items())], np.float32)
     for name, tensor in tensors.items():
@@ -108,7 +106,8 @@ def load(path: str | os.PathLike[str], apply: Apply, params: Params, image: Any)
         that runs on them. Where activations are rounded: `Quantized` parameters and the function of `integer_apply`.
 
     Raises:
-        ValueError: one line naming the file, if it is damaged, truncated, not such a file, or of another model.
+        ValueError: one line naming the file, if it is damaged, truncated, not such a file, or of a model whose
+            parameters have other names or shapes, or other units where it was shrunk.
         OSError: if it cannot be read at all.
     """
     found = stored(path, apply, params, image)
@@ -135,21 +134,22 @@ def stored(path: str | os.PathLike[str], apply: Apply, params: Params, image: An
     """
     tensors, metadata = _read(Path(path))
     shapes = [x.shape for x in jax.tree.leaves(params)]
-    if metadata["channels"]:
-        channels = find_channels(apply, params, image)
-        _require(path, metadata["channels"] == fingerprint(channels), "holds a model with other channels")
+    channels = find_channels(apply, params, image) if metadata["kept"] else None
+    same = metadata["model"] == _fingerprint(packing.names(params), shapes, channels)
+    _require(path, same, "holds a model with other parameters")
+    if channels is not None:
         bits = np.unpackbits(np.frombuffer(bytes.fromhex(metadata["kept"]), np.uint8))
         keep = bits[: len(channels.group)].astype(bool)
         apply, shapes = shrink_apply(apply, channels, params, keep), slice_shapes(channels, keep)
     found = packing.unpack(tensors, params, shapes)
-    same = metadata.get("parameters") in (None, packing.fingerprint(params, shapes))
-    _require(path, found is not None and same, "holds a model with other parameters")
+    _require(path, found is not None, "holds tensors of other shapes")
     if packing.RANGES not in tensors:
         return Stored(found, apply, None)
     ranges = {int(number): (float(scale), int(zero)) for number, scale, zero in tensors[packing.RANGES]}
     like = [jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes]
     program = trace.read(apply, jax.tree.unflatten(jax.tree.structure(params), like), image)
-    _require(path, set(ranges) <= set(integer_layers(program, len(shapes))), "holds a model with other layers")
+    same = set(ranges) <= set(range(len(integer_layers(program, len(shapes)))))
+    _require(path, same, "holds a model with other layers")
     return Stored(found, apply, ranges)
 
 
@@ -168,12 +168,26 @@ def guarantee(path: str | os.PathLike[str]) -> dict[str, Any]:
     return json.loads(_read(Path(path))[1]["guarantee"])
 
 
-def fingerprint(channels: Channels) -> str:
-    """32 bits, as hexadecimal, that tell the units of one model from another's."""
-    digest = hashlib.sha256(repr(channels.shapes).encode())
-    for axes in channels.unit:
-        for axis in axes:
-            digest.update(np.asarray(axis, "<i8").tobytes())
+def guarantee_text(guarantee: Mapping[str, Any]) -> str:
+    """A guarantee as JSON.
+
+    Raises:
+        ValueError: it is not JSON types, or holds a number that is not finite.
+    """
+    try:
+        return json.dumps(dict(guarantee), allow_nan=False, separators=(",", ":"))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"guarantee is {guarantee!r}: must be of JSON types, numbers finite") from error
+
+
+def _fingerprint(names: Sequence[str], shapes: packing.Shapes, channels: Channels | None) -> str:
+    """32 bits, as hexadecimal, of a full model: names and shapes of its parameters, its units where it was shrunk."""
+    full = shapes if channels is None else channels.shapes
+    digest = hashlib.sha256(repr([*zip(names, map(tuple, full), strict=True)]).encode())
+    if channels is not None:
+        for axes in channels.unit:
+            for axis in axes:
+                digest.update(np.asarray(axis, "<i8").tobytes())
     return digest.hexdigest()[:8]
 
 

@@ -149,9 +149,12 @@ def layers_of(program: trace.Program, ranges: Ranges) -> dict[int, tuple[Layer, 
         ValueError: ranges of another model.
     """
     found = integer_layers(program, len(program.inputs) - 1)
-    check.require(set(ranges) <= set(found), "ranges", sorted(ranges), f"of equations in {sorted(found)}")
-    equations = {position: program.equations[position] for position in ranges}
-    return {equations[i].outputs[0]: (Layer(equations[i], *ranges[i]), found[i]) for i in ranges}
+    check.require(set(ranges) <= set(range(len(found))), "ranges", sorted(ranges), f"of the {len(found)} layers")
+    return {
+        equation.outputs[0]: (Layer(equation, *ranges[number]), leaf)
+        for number, (equation, leaf) in enumerate(found)
+        if number in ranges
+    }
 
 
 def _in_float32(equation: trace.Equation, x: jax.Array, w: jax.Array, largest: int) -> jax.Array:

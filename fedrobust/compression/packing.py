@@ -5,7 +5,6 @@ in one tensor, all scales in another, all zero points in a third: a header entry
 vector in 16 bits. So do weights in 4 bits, two to a byte, a type that the format does not have.
 """
 
-import hashlib
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -18,7 +17,7 @@ from fedrobust.types import Params
 
 _VECTORS, _SCALES, _ZEROS, _NIBBLES = ":vectors", ":scales", ":zeros", ":nibbles"
 RANGES = ":ranges"
-"""Holds the ranges that `artifact.save` was given: [n,3] float32, position of an equation, scale, zero point."""
+"""Holds the ranges that `artifact.save` was given: [n,3] float32, number of a layer, scale, zero point."""
 _RESERVED = (_VECTORS, _SCALES, _ZEROS, _NIBBLES, RANGES)
 
 Shapes = Sequence[tuple[int, ...]]
@@ -99,11 +98,6 @@ def names(tree: Params) -> list[str]:
     found = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths]
     check.require(len({*found, *_RESERVED}) == len(found) + len(_RESERVED), "params names", found, "all different")
     return found
-
-
-def fingerprint(like: Params, shapes: Shapes) -> str:
-    """32 bits, as hexadecimal, that tell the names and shapes of a model's parameters from another's."""
-    return hashlib.sha256(repr([*zip(names(like), map(tuple, shapes), strict=True)]).encode()).hexdigest()[:8]
 
 
 def _named(tree: Params, leaves: Sequence[np.ndarray]) -> dict[str, np.ndarray]:

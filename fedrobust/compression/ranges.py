@@ -14,8 +14,8 @@ from fedrobust.types import Params
 LOW, HIGH = -128, 127
 
 Ranges = Mapping[int, tuple[float, int]]
-"""Position of an equation in `trace.read(apply, params, image).equations` -> (scale, zero point) of its first operand:
-x stands for round(x / scale) + zero point in [-128, 127]. Scales are float32 > 0; the value 0 is met exactly."""
+"""Number of a layer, in the order of `integer_layers` -> (scale, zero point) of its input: x stands for
+round(x / scale) + zero point in [-128, 127]. Scales are float32 > 0; the value 0 is met exactly."""
 
 
 def calibrate(
@@ -43,8 +43,8 @@ def calibrate(
     check.require(50 < percentile <= 100, "percentile", percentile, "in (50, 100]")
     check.at_least("the number of images", len(images), 1)
     program = trace.read(apply, params, images)
-    found = integer_layers(program, len(program.inputs) - 1)
-    at = {program.equations[position].outputs[0]: position for position in found}
+    layers = integer_layers(program, len(program.inputs) - 1)
+    at = {equation.outputs[0]: number for number, (equation, _) in enumerate(layers)}
 
     @jax.jit
     def observe(inputs: list[jax.Array]) -> dict[int, tuple[jax.Array, jax.Array]]:
@@ -59,29 +59,29 @@ def calibrate(
         return seen
 
     ends = jax.device_get(observe(jax.tree.leaves((params, images))))
-    return {position: _mapping(float(low), float(high)) for position, (low, high) in sorted(ends.items())}
+    return {number: _mapping(float(low), float(high)) for number, (low, high) in sorted(ends.items())}
 
 
-def integer_layers(program: trace.Program, num_leaves: int) -> dict[int, int]:
-    """The equations that can be computed in integers.
+def integer_layers(program: trace.Program, num_leaves: int) -> list[tuple[trace.Equation, int]]:
+    """The layers that can be computed in integers, the same for every batch size: what else a program holds is not.
 
     Args:
         program: of a model; its first inputs are the parameter leaves.
         num_leaves: how many these are.
 
     Returns:
-        Position of each equation -> number of the leaf that is its kernel: a convolution's or a matrix product's second
-        operand whose last axis makes the output channels.
+        In the order of the program, each layer's equation and the number of the leaf that is its kernel: a
+        convolution's or a matrix product's second operand whose last axis makes the output channels.
     """
     leaf = {number: i for i, number in enumerate(program.inputs[:num_leaves])}
-    return {
-        position: leaf[equation.inputs[1]]
-        for position, equation in enumerate(program.equations)
+    return [
+        (equation, leaf[equation.inputs[1]])
+        for equation in program.equations
         if equation.name in ("conv_general_dilated", "dot_general")
         and equation.inputs[1] in leaf
         and equation.inputs[0] not in leaf
         and _last_axis_is_output(equation, len(program.values[equation.inputs[1]].shape))
-    }
+    ]
 
 
 def _last_axis_is_output(equation: trace.Equation, ndim: int) -> bool:
@@ -89,7 +89,7 @@ def _last_axis_is_output(equation: trace.Equation, ndim: int) -> bool:
     if equation.name == "conv_general_dilated":
         return dimensions.rhs_spec[0] == ndim - 1 and equation.settings["batch_group_count"] == 1
     (_, summed), (batch, _) = dimensions
-    return ndim >= 2 and not batch and ndim - 1 not in summed
+    return ndim >= 2 and not batch and len(summed) > 0 and ndim - 1 not in summed
 
 
 def _ends(x: jax.Array, percentile: float) -> tuple[jax.Array, jax.Array]:

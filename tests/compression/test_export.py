@@ -147,7 +147,7 @@ def test_the_other_operand_of_a_wide_product_is_not_rounded(tmp_path):
 
 def test_a_rounded_input_is_what_quantize_linear_says(tmp_path):
     scale, zero_point = 0.01, -100  # [-0.28, 2.27] in steps of 0.01
-    ranges = {2: (scale, zero_point)}
+    ranges = {0: (scale, zero_point)}
     apply = lambda p, x: x.mean((1, 2)) @ p  # noqa: E731
     save_onnx(tmp_path / "m.onnx", apply, DENSE, image_shape=SHAPE, guarantee={}, ranges=ranges)
     mean = images(4).mean((1, 2))

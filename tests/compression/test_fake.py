@@ -133,7 +133,7 @@ def test_weights_trained_with_clipped_inputs_serve_better_than_weights_that_neve
 
 
 def test_ranges_of_another_model_are_named():
-    with pytest.raises(ValueError, match=r"^ranges is \[99\]: must be of equations in"):
+    with pytest.raises(ValueError, match=r"^ranges is \[99\]: must be of the 1 layers"):
         fake_quantize_inputs(lambda w, x: x @ w, {99: (1.0, 0)})(jnp.ones((2, 2)), jnp.ones((1, 2)))
 
 

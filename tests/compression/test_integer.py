@@ -27,9 +27,9 @@ def convolution(strides=(1, 1), padding=((0, 0), (0, 0)), holes=(1, 1), dilation
 
 def layer_of(apply, w, x, scale, zero):
     program = trace.read(apply, w, x)
-    ((position, leaf),) = integer_layers(program, 1).items()
+    ((equation, leaf),) = integer_layers(program, 1)
     assert leaf == 0
-    return Layer(program.equations[position], scale, zero)
+    return Layer(equation, scale, zero)
 
 
 def integers(x, scale, zero):
@@ -141,8 +141,9 @@ def net(params, image):
 
 def test_ranges_are_those_of_the_inputs_of_each_layer_and_hold_zero():
     ranges = calibrate(net, PARAMS, IMAGE + 0.25)
-    program = trace.read(net, PARAMS, IMAGE)
-    assert [program.equations[i].name for i in ranges] == ["conv_general_dilated", "dot_general"]
+    layers = integer_layers(trace.read(net, PARAMS, IMAGE), len(PARAMS))
+    assert [equation.name for equation, _ in layers] == ["conv_general_dilated", "dot_general"]
+    assert list(ranges) == [0, 1]
     (scale, zero), (_, inner_zero) = ranges.values()
     np.testing.assert_allclose(scale, float((IMAGE + 0.25).max()) / 255, rtol=1e-6)
     assert (zero, inner_zero) == (-128, -128)  # nothing is negative
@@ -168,6 +169,26 @@ def test_the_integer_model_says_what_the_float_one_says():
     (first, *_) = ranges
     partly = jax.jit(integer_apply(net, {first: ranges[first]}))(quantized, IMAGE)
     assert 0 < np.abs(partly - expected).max() < np.abs(found - expected).max()
+
+
+def with_token(params, image):
+    """A token of its own before the patches, as in a ViT; its broadcast over one image is none."""
+    patches = image.reshape(len(image), 8, 8)
+    tokens = jnp.concatenate([jnp.broadcast_to(params["token"], (len(image), 1, 8)), patches], 1)
+    return jax.nn.relu(tokens @ params["mix"])[:, 0] @ params["head"] + patches.mean(1) @ params["mix"][:, :3]
+
+
+def test_one_image_is_computed_as_it_is_among_others():
+    params = {
+        name: jnp.asarray(RNG.normal(size=size), jnp.float32)
+        for name, size in {"token": (1, 1, 8), "mix": (8, 16), "head": (16, 3)}.items()
+    }
+    many, one = (trace.read(with_token, params, IMAGE[:num]) for num in (40, 1))
+    assert len(one.equations) < len(many.equations)
+    quantized = quantize(params)
+    model = jax.jit(integer_apply(with_token, calibrate(with_token, dequantize(quantized), IMAGE)))
+    found = np.concatenate([model(quantized, IMAGE[i : i + 1]) for i in range(8)])
+    np.testing.assert_allclose(found, model(quantized, IMAGE)[:8], rtol=1e-5, atol=1e-5)
 
 
 def flat(params, image):
@@ -201,7 +222,7 @@ def test_bad_settings_are_named():
         integer_apply(net, {}, arithmetic="int4")
     with pytest.raises(ValueError, match=r"^arithmetic is 'int8': must be float32, for derivatives$"):
         integer_apply(net, {}, arithmetic="int8", straight_through=True)
-    with pytest.raises(ValueError, match=r"^ranges is \[999\]: must be of equations in "):
+    with pytest.raises(ValueError, match=r"^ranges is \[999\]: must be of the 2 layers$"):
         integer_apply(net, {999: (1.0, 0)})(quantize(PARAMS), IMAGE)
     with pytest.raises(ValueError, match=r"^percentile is 50: must be in \(50, 100\]$"):
         calibrate(net, PARAMS, IMAGE, percentile=50)

@@ -146,7 +146,8 @@ class Graph:
         Args:
             programs: the same program twice.
             inputs: what is known of its inputs.
-            ranges: number of an equation -> (scale, zero point) of its first input, where that is to be quantized.
+            ranges: number of the value that an equation makes -> (scale, zero point) of its first input, where that is
+                to be quantized.
 
         Returns:
             What is known of its outputs.
@@ -158,7 +159,7 @@ class Graph:
         env = dict(zip(first.inputs, inputs, strict=True))
         for number, array in first.constants.items():
             env[number] = _constant(np.asarray(array, first.values[number].dtype))
-        for number, pair in enumerate(zip(first.equations, second.equations, strict=True)):
+        for pair in zip(first.equations, second.equations, strict=True):
             equation = pair[0]
             given = [env[i] for i in equation.inputs]
             shapes = tuple(
@@ -171,7 +172,7 @@ class Graph:
             elif (folded := _folded(equation, given, shapes)) is not None:
                 found = [_constant(array) for array in folded]
             else:
-                context = Context(equation.settings, shapes, dtypes, (ranges or {}).get(number))
+                context = Context(equation.settings, shapes, dtypes, (ranges or {}).get(equation.outputs[0]))
                 names = self._rule(equation.name)(self, context, *given)
                 found = [Value(*known) for known in zip(shapes, dtypes, names, strict=True)]
             env.update(zip(equation.outputs, found, strict=True))

@@ -1,7 +1,6 @@
 """A model as an ONNX file that onnxruntime runs, checked there before it is kept."""
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,11 +14,13 @@ import onnxruntime
 from google.protobuf.message import DecodeError
 from onnx import helper
 
-from fedrobust import check, trace
-from fedrobust.compression.artifact import write
+from fedrobust import trace
+from fedrobust.compression.artifact import guarantee_text, write
 from fedrobust.compression.export.graph import SIZES, Graph, Length, Value, Weight, fixed
 from fedrobust.compression.export.rules import RULES
+from fedrobust.compression.integer import layers_of
 from fedrobust.compression.quantization import Quantized, dequantize, is_weight
+from fedrobust.compression.ranges import Ranges
 from fedrobust.types import Params
 
 OPSET, IR_VERSION = 19, 9
@@ -37,7 +38,7 @@ def save_onnx(
     *,
     image_shape: tuple[int, int, int],
     guarantee: Mapping[str, Any],
-    ranges: Mapping[int, tuple[float, int]] | None = None,
+    ranges: Ranges | None = None,
 ) -> int:
     """Writes a model for onnxruntime, whole or not at all: input `image` [B,H,W,C] float32, output `logits` [B,L].
 
@@ -48,14 +49,15 @@ def save_onnx(
             bits too) behind a DequantizeLinear of its channels, a quarter of the bytes.
         image_shape: [H,W,C].
         guarantee: what the training guarantees, as JSON types; {} where nothing. It travels in the file's metadata.
-        ranges: position of an equation in `trace.read(apply, params, image).equations` -> (scale > 0, int8 zero point):
-            the first operand of these convolutions and products is rounded by a QuantizeLinear and DequantizeLinear.
+        ranges: what `calibrate` returned, or a part: the input of these layers is rounded by a QuantizeLinear and
+            DequantizeLinear.
 
     Returns:
         The size of the file in bytes.
 
     Raises:
-        ValueError: a model with an operation that ONNX or this export does not know, or ranges of another model.
+        ValueError: a model with an operation that ONNX or this export does not know, or ranges of another model, a
+            guarantee that is not JSON.
         RuntimeError: onnxruntime computes other logits than the model; nothing is written. With `ranges` the two are
             not compared: the caller compares labels with its own integer model.
 
@@ -64,11 +66,10 @@ def save_onnx(
     """
     values = dequantize(params) if isinstance(params, Quantized) else params
     programs = [trace.read(apply, values, _example(size, image_shape)) for size in SIZES]
-    found = [number for number in ranges or {} if not 0 <= number < len(programs[0].equations)]
-    check.require(not found, "ranges", found, f"positions of the model's {len(programs[0].equations)} equations")
+    mappings = {output: (layer.scale, layer.zero) for output, (layer, _) in layers_of(programs[0], ranges or {}).items()}
     image = Value((Length(1, 0), *fixed(image_shape)), np.dtype(np.float32), name="image")
     graph = Graph(RULES, image.name)
-    [logits] = graph.write((programs[0], programs[1]), [*_parameters(params), image], ranges)
+    [logits] = graph.write((programs[0], programs[1]), [*_parameters(params), image], mappings)
     model = _model(graph, graph.use(logits), image_shape, logits.shape[1].plus, guarantee)
     data = _sealed(model)
     if not ranges:
@@ -130,8 +131,7 @@ def _model(
     body = helper.make_graph(nodes, "model", ends[:1], ends[1:], tensors)
     model = helper.make_model(body, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
     model.producer_name = "fedrobust"
-    text = json.dumps(dict(guarantee), allow_nan=False, separators=(",", ":"))
-    helper.set_model_props(model, {"guarantee": text})
+    helper.set_model_props(model, {"guarantee": guarantee_text(guarantee)})
     onnx.checker.check_model(model, full_check=True)
     return model
 

@@ -1,7 +1,6 @@
 """A model as StableHLO: what XLA compiles, parameters inside, without the Python that made it."""
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,7 +10,7 @@ import jax
 import jax.export
 import jax.numpy as jnp
 
-from fedrobust.compression.artifact import write
+from fedrobust.compression.artifact import guarantee_text, write
 from fedrobust.types import LogitsFn, Params
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -49,7 +48,7 @@ def save_stablehlo(
     image = jax.ShapeDtypeStruct((batch, *image_shape), jnp.float32)
     exported = jax.export.export(jax.jit(lambda image: apply(params, image)), platforms=PLATFORMS)(image)
     body = bytes(exported.serialize())
-    text = json.dumps(dict(guarantee), allow_nan=False, separators=(",", ":")).encode()
+    text = guarantee_text(guarantee).encode()
     data = _MAGIC + _digest(text, body) + b" " + text + b"\n" + body
     write(Path(path), data)
     return len(data)
