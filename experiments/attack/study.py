@@ -13,7 +13,8 @@ from rich.console import Console
 from experiments import grid
 from experiments.attack.settings import Attacking, study_of
 from experiments.combinations.federation import build_model
-from experiments.combinations.row import name_of_row, provenance, robustness
+from experiments.combinations.provenance import provenance
+from experiments.combinations.row import name_of_row, robustness
 from experiments.combinations.serving import from_file
 from experiments.combinations.settings import COMBINATIONS, Study
 from experiments.combinations.study import config_of, report

@@ -12,7 +12,7 @@ from experiments import grid
 from experiments.codecs.settings import Codecs
 from experiments.combinations.account import Account, charge_label_counts, note_look, open_account, spent
 from experiments.combinations.federation import Hospitals, build_model, hospitals, make_plan, make_recipe
-from experiments.combinations.row import provenance
+from experiments.combinations.provenance import provenance
 from experiments.combinations.study import config_of
 from experiments.combinations.training import BATCH_SIZE, Job, train
 from experiments.display import Show
@@ -90,7 +90,7 @@ def make_row(
         checkpoint.
     """
     study, way, splits = codecs.study(), WAYS[name], site.splits
-    account = None if plan is None else _opened(codecs, config, name_of(name, seed), plan, out)
+    account = None if plan is None else _opened(codecs, config, name_of(name, seed), plan, site, out)
     recipe = dataclasses.replace(make_recipe(study, seed, site, plan=plan, at=False), way=way)
     model = build_model(study, splits.train.image.shape[1:], splits.train.num_classes)
     folder = out / "work" / name_of(name, seed)
@@ -112,7 +112,7 @@ def make_row(
         **figures,
         "bytes": {"dense": 4 * trees.size(full), "uplink": uplink, "downlink": downlink},
         "privacy": guarantee,
-        "history": dict(zip(("round", "loss", "val_accuracy"), trained.history.T.tolist(), strict=True)),
+        "history": dict(zip(("round", "val_loss", "val_accuracy"), trained.history.T.tolist(), strict=True)),
         "train_seconds": trained.train_seconds,
         **provenance(),
     }
@@ -127,9 +127,11 @@ def _name_of_row(row: dict[str, Any]) -> str:
     return name_of(row["way"]["name"], row["seed"])
 
 
-def _opened(codecs: Codecs, config: dict[str, Any], training: str, plan: privacy.Plan, out: Path) -> Account:
+def _opened(
+    codecs: Codecs, config: dict[str, Any], training: str, plan: privacy.Plan, site: Hospitals, out: Path
+) -> Account:
     """The account of a private way, with what precedes its training charged to it."""
-    account = open_account(codecs.study(), reporting.config_hash(config), training, plan, out)
+    account = open_account(codecs.study(), reporting.config_hash(config), training, plan, site, out)
     note_look(account, "tuning")  # presets were chosen on a validation split
     charge_label_counts(account)
     return account

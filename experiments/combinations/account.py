@@ -10,10 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
-
+from experiments.combinations.federation import Hospitals
+from experiments.combinations.provenance import provenance
 from experiments.combinations.settings import Study
-from fedrobust import privacy
+from fedrobust import privacy, reporting
 from fedrobust.privacy import ledger
 from fedrobust.types import Cohort
 
@@ -46,7 +46,9 @@ class Account(NamedTuple):
         return [f"{self.training}, silo {silo}" for silo in range(self.num_silos)]
 
 
-def open_account(study: Study, config_hash: str, training: str, plan: privacy.Plan, out: Path) -> Account:
+def open_account(
+    study: Study, config_hash: str, training: str, plan: privacy.Plan, site: Hospitals, out: Path
+) -> Account:
     """The account of a training.
 
     Args:
@@ -54,10 +56,12 @@ def open_account(study: Study, config_hash: str, training: str, plan: privacy.Pl
         config_hash: of those that say what a row is.
         training: its name, the row's included.
         plan: of every silo.
+        site: the records.
         out: the folder of the study.
     """
     # The rest of what bits depend on; with another of these a resumed training pays again from where it stood.
-    run = f"{config_hash}, jax {jax.__version__} on {jax.default_backend()}, {study.client_map}"
+    made_with = reporting.config_hash({**provenance(), "client_map": study.client_map})
+    run = f"settings {config_hash}, records {site.digest}, made with {made_with}"
     budget = ledger.Budget(study.dp.epsilon, study.dp.delta)
     return Account(out / "ledger.jsonl", training, run, plan, budget, study.clients)
 

@@ -3,10 +3,7 @@
 import dataclasses
 import functools
 import math
-import os
-import platform
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +14,7 @@ import numpy as np
 from experiments import parallel
 from experiments.combinations.account import Account, charge_label_counts, note_look, open_account, spent
 from experiments.combinations.federation import RULES, Hospitals, build_model, make_plan, make_recipe
+from experiments.combinations.provenance import provenance
 from experiments.combinations.serving import Final, as_served, finish, runnable
 from experiments.combinations.settings import Attack as AttackSettings
 from experiments.combinations.settings import Study
@@ -27,7 +25,6 @@ from experiments.parallel import Check
 from fedrobust import attacks, compression, evaluation, keys, privacy, reporting, trees
 from fedrobust.types import Dataset, Key, Model, Run, Search
 
-PACKAGES = ("fedrobust", "jax", "jaxlib", "flax", "dm-haiku", "optax", "dp-accounting", "numpy")
 LATENCY_BATCH = 64
 NUM_SLOTS = 64
 
@@ -58,7 +55,7 @@ def make_row(
     name = name_of(combination, seed)
     plan = make_plan(study, site) if combination.dp else None
     phases = _phases(study)
-    accounts = {} if plan is None else _accounts(study, config, name, list(phases), plan, out)
+    accounts = {} if plan is None else _accounts(study, config, name, list(phases), plan, site, out)
     recipe = make_recipe(study, seed, site, plan=plan, at=combination.at)
     train_split, test = site.splits.train, site.splits.test
     model = build_model(study, train_split.image.shape[1:], train_split.num_classes)
@@ -98,7 +95,7 @@ def make_row(
         "size": _size(model, final, test.image.shape[1:], work),
         "masked_minus_shrunk": trained.shrink_difference,
         "privacy": guarantee,
-        "history": dict(zip(("round", "loss", "val_accuracy"), trained.history.T.tolist(), strict=True)),
+        "history": dict(zip(("round", "val_loss", "val_accuracy"), trained.history.T.tolist(), strict=True)),
         "train_seconds": trained.train_seconds,
         **provenance(),
     }
@@ -126,11 +123,17 @@ def _phases(study: Study) -> dict[str, tuple[float, tuple[int, ...], str]]:
 
 
 def _accounts(
-    study: Study, config: dict[str, Any], row: str, phases: Sequence[str], plan: privacy.Plan, out: Path
+    study: Study,
+    config: dict[str, Any],
+    row: str,
+    phases: Sequence[str],
+    plan: privacy.Plan,
+    site: Hospitals,
+    out: Path,
 ) -> dict[str, Account]:
     """An account for each training of a private row, with what precedes the training charged to it."""
     config_hash = reporting.config_hash(config)
-    accounts = {phase: open_account(study, config_hash, f"{row}, {phase}", plan, out) for phase in phases}
+    accounts = {phase: open_account(study, config_hash, f"{row}, {phase}", plan, site, out) for phase in phases}
     for account in accounts.values():
         note_look(account, "tuning")  # presets were chosen on a validation split
         charge_label_counts(account)
@@ -142,14 +145,6 @@ def _note_ranges(study: Study, combination: reporting.Combination, accounts: dic
     if combination.mc and study.mc.activations == "int8":
         for account in accounts.values():
             note_look(account, "activation ranges")
-
-
-def provenance() -> dict[str, Any]:
-    """What a row was made with: `versions` and `device`."""
-    return {
-        "versions": {package: version(package) for package in PACKAGES} | {"python": platform.python_version()},
-        "device": f"{jax.devices()[0].device_kind} ({platform.machine()}, {os.cpu_count()} cores)",
-    }
 
 
 def robustness(settings: AttackSettings, final: Final, test: Dataset, key: Key) -> tuple[dict[str, Any], list[Any]]:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from experiments.combinations import pruning
 from experiments.combinations.account import Account, charged, note_look
@@ -39,7 +40,8 @@ class Trained(NamedTuple):
         channels: the full model's prunable units; None where nothing was pruned.
         masks: what was pruned; None likewise.
         shrink_difference: largest logit difference between masked and small model; None likewise.
-        history: [n, 3] float64: round, training loss, accuracy on val; n = 0 with malicious clients, where nobody asks.
+        history: [n, 3] float64: round, loss and accuracy on val; n = 0 with malicious clients, where nobody asks. No
+            training loss: under privacy nothing of the training records but what was charged may be in a row.
         sent: [2] float64: bytes that a client sent and was sent in a round, mean over rounds and clients.
         train_seconds: wall time spent in rounds, over all runs it took; other trainings may have gone on beside it.
     """
@@ -240,9 +242,10 @@ def _run_stage(
         if (done % every == 0 or done == total) and not job.malicious:
             val = job.site.splits.val
             logits = evaluation.predict(apply, state.average, val.image, BATCH_SIZE)
-            loss, accuracy = _present_mean(info), float(np.mean(evaluation.predicted_class(logits) == val.label))
+            loss = float(np.mean(optax.softmax_cross_entropy_with_integer_labels(logits, val.label)))
+            accuracy = float(np.mean(evaluation.predicted_class(logits) == val.label))
             history[-(-done // every)] = (done, loss, accuracy)
-            progress(done, total, {"loss": loss, "val accuracy": accuracy})
+            progress(done, total, {"val loss": loss, "val accuracy": accuracy})
         else:
             progress(done, total, {})
         now = time.perf_counter()
@@ -262,8 +265,3 @@ def _bytes(sent: federated.Sent, params: Params) -> tuple[float, float]:
         uplink[uplink > 0].mean() / 8 if uplink.size else as_it_is,
         float(downlink) / 8 if downlink.size else as_it_is,
     )
-
-
-def _present_mean(info: federated.RoundInfo) -> float:
-    """Mean training loss over the clients of a round, at their last step."""
-    return float(np.sum(np.asarray(info.client.loss)[:, -1]) / max(int(info.num_present), 1))

@@ -13,7 +13,7 @@ from rich.console import Console
 from experiments import grid
 from experiments.combinations.account import charge_label_counts, note_look, open_account, spent
 from experiments.combinations.federation import Hospitals, Recipe, build_model, hospitals, make_plan, make_recipe
-from experiments.combinations.row import provenance
+from experiments.combinations.provenance import provenance
 from experiments.combinations.study import config_of
 from experiments.combinations.training import BATCH_SIZE, Job, train
 from experiments.display import Show
@@ -125,7 +125,7 @@ def make_row(
     asked = curve.study(point.noise, point.epsilon)
     account = None
     if plan is not None:
-        account = open_account(asked, reporting.config_hash(config_of(asked)), point.name, plan, out)
+        account = open_account(asked, reporting.config_hash(config_of(asked)), point.name, plan, site, out)
         note_look(account, "tuning")  # the learning rate was chosen on a validation split
         charge_label_counts(account)
     recipe = recipe_of(curve, point, plan, site)
@@ -150,7 +150,7 @@ def make_row(
         "config_hash": reporting.config_hash(config),
         **figures,
         "privacy": guarantee,
-        "history": dict(zip(("round", "loss", "val_accuracy"), trained.history.T.tolist(), strict=True)),
+        "history": dict(zip(("round", "val_loss", "val_accuracy"), trained.history.T.tolist(), strict=True)),
         "train_seconds": trained.train_seconds,
         **provenance(),
     }

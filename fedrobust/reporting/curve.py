@@ -20,7 +20,7 @@ POINT_FIELDS: Mapping[str, tuple[str, ...]] = {
     "clean": ("accuracy", "balanced_accuracy", "auc", "degenerate"),
     "val": ("accuracy", "balanced_accuracy", "auc", "degenerate"),
     "privacy": ("noise", "budget", "epsilon", "delta", "unit", "relation", "sampling", "noise_multiplier"),
-    "history": ("round", "loss", "val_accuracy"),
+    "history": ("round", "val_loss", "val_accuracy"),
     "train_seconds": (),
     "versions": (),
     "device": (),

@@ -106,7 +106,7 @@ def _dot(panel: Axes, combination: Combination, x: float, y: float, area: float)
 
 
 def training_curves(rows: Sequence[Row], path: Path | str) -> Path:
-    """Training loss and validation accuracy against rounds, one line per trained model.
+    """Validation loss and accuracy against rounds, one line per trained model.
 
     Args:
         rows: `Row`s.
@@ -121,9 +121,9 @@ def training_curves(rows: Sequence[Row], path: Path | str) -> Path:
         for row in group:
             history = row["history"]
             # None marks a round without a figure: a gap in the line
-            of_loss.plot(history["round"], np.asarray(history["loss"], float), **look)
+            of_loss.plot(history["round"], np.asarray(history["val_loss"], float), **look)
             of_accuracy.plot(history["round"], 100 * np.asarray(history["val_accuracy"], float), **look)
-    of_loss.set_ylabel("training loss (nats)")
+    of_loss.set_ylabel("validation loss (nats)")
     of_accuracy.set_ylabel("validation accuracy (%)")
     for panel in (of_loss, of_accuracy):
         panel.set_xlabel("round")

@@ -54,7 +54,7 @@ Row = dict[str, Any]
 - `size`: `parameters`, `bytes`, `flops`, `latency_ms`, and each `_ratio`: this model over the dense float32 one; rows
   made since 2026-11-28 also have `peak_bytes`, `latency_p95_ms`, and of one image `latency_1_ms`, `latency_1_p95_ms`
 - `privacy`: None, or at least `epsilon`, `delta`, `unit`, `relation`, `sampling`
-- `history`: `round`, `loss`, `val_accuracy`: lists of one length
+- `history`: `round`, `val_loss` (nats), `val_accuracy`: lists of one length, on the validation split
 - `train_seconds`: float; `versions`: dict; `device`: str; where it was attacked again later, `attacked_with`: both of
   these, and `file`, which the SHA-256 of the model's file begins with
 """
@@ -73,7 +73,7 @@ FIELDS: Mapping[str, tuple[str, ...]] = {
         name + suffix for name in ("parameters", "bytes", "flops", "latency_ms") for suffix in ("", "_ratio")
     ),
     "privacy": ("epsilon", "delta", "unit", "relation", "sampling"),
-    "history": ("round", "loss", "val_accuracy"),
+    "history": ("round", "val_loss", "val_accuracy"),
     "train_seconds": (),
     "versions": (),
     "device": (),

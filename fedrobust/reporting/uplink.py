@@ -20,7 +20,7 @@ UPLINK_FIELDS: Mapping[str, tuple[str, ...]] = {
     "val": ("accuracy", "balanced_accuracy", "auc", "degenerate"),
     "bytes": ("dense", "uplink", "downlink"),
     "privacy": ("epsilon", "delta", "unit", "relation", "sampling"),
-    "history": ("round", "loss", "val_accuracy"),
+    "history": ("round", "val_loss", "val_accuracy"),
     "train_seconds": (),
     "versions": (),
     "device": (),

@@ -222,6 +222,6 @@ def test_what_cannot_be_run_is_not_saved(case, tmp_path):
     with pytest.raises(ValueError, match="params shapes"):
         save(path, case.params, channels=case.channels, masks=case.masks, guarantee={})
     for promise in (float("inf"), np.float32(3)):
-        with pytest.raises(ValueError, match="^guarantee is .*: must be of JSON types, numbers finite$"):
+        with pytest.raises(ValueError, match=r"^guarantee is .*: must be of JSON types, numbers finite$"):
             save(path, case.params, guarantee={"epsilon": promise})
     assert not path.exists()

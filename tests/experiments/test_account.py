@@ -2,13 +2,15 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 
-from experiments.combinations import account as account_module
 from experiments.combinations.account import charge_label_counts, charged, note_look, open_account, spent
+from experiments.combinations.federation import Hospitals
 from experiments.run import parse
-from fedrobust import privacy
+from fedrobust import data, privacy
 from fedrobust.privacy import ledger
+from fedrobust.types import Dataset
 
 STUDY = parse(["quickstart", "--dp.epsilon", "8", "--dp.delta", "1e-4"])
 PLAN = privacy.make_plan(
@@ -28,8 +30,11 @@ class Killed(BaseException):
     """Not an `Exception`, as a kill."""
 
 
-def opened(folder, study=STUDY, plan=PLAN):
-    return open_account(study, "0123456789ab", "dp-seed0, training", plan, folder)
+SITE = Hospitals(data.load("digits"), [np.arange(i, 300, 5) for i in range(5)])
+
+
+def opened(folder, study=STUDY, plan=PLAN, site=SITE):
+    return open_account(study, "0123456789ab", "dp-seed0, training", plan, site, folder)
 
 
 def rounds(account, first, num_rounds, looked, kill_at=None):
@@ -100,13 +105,27 @@ def test_a_resumed_training_with_other_numbers_pays_again(tmp_path, monkeypatch)
     account, looked = opened(tmp_path), []
     with pytest.raises(Killed):
         rounds(account, 0, 20, looked, kill_at=9)
-    monkeypatch.setattr(account_module.jax, "__version__", "99.0")
-    rounds(opened(tmp_path), 9, 20, looked)
-    steps = [e.num_steps for e in ledger.read(account.path) if e.scope == account.scopes[0]]
-    assert sum(steps) == 12 + 11  # blocks of 3: the one that begins at 9 was charged when it came to the break
+
+    def num_charged():
+        return sum(e.num_steps for e in ledger.read(account.path) if e.scope == account.scopes[0])
+
+    assert num_charged() == 12  # blocks of 3: the one that begins at 9 was charged when it came to the break
+    with monkeypatch.context() as patch:
+        patch.setattr("experiments.combinations.provenance.version", lambda package: "99.0")
+        rounds(opened(tmp_path), 9, 20, looked)
+    assert num_charged() == 12 + 11
     rounds(opened(tmp_path, dataclasses.replace(STUDY, client_map="vmap")), 10, 20, looked)
-    steps = [e.num_steps for e in ledger.read(account.path) if e.scope == account.scopes[0]]
-    assert sum(steps) == 12 + 11 + 11
+    assert num_charged() == 12 + 11 + 11
+    image, label, num_classes = SITE.splits.train
+    changed = image.copy()
+    changed[7, 3, 3] += 1e-3
+    for record in ((changed, label), (image, np.roll(label, 1))):
+        train = Dataset(*record, num_classes)
+        rounds(opened(tmp_path, site=SITE._replace(splits=SITE.splits._replace(train=train))), 10, 20, looked)
+    rounds(opened(tmp_path, site=SITE._replace(parts=SITE.parts[::-1])), 10, 20, looked)
+    assert num_charged() == 12 + 11 + 11 + 3 * 11
+    rounds(opened(tmp_path), 9, 20, looked)
+    assert num_charged() == 12 + 11 + 11 + 3 * 11 + 8  # the first part of this very run is paid for
 
 
 def test_what_is_chosen_on_the_validation_split_is_on_record_and_in_no_sum(tmp_path):

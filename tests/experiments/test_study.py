@@ -179,7 +179,7 @@ def check_rows(rows):
             assert 0 <= row["poisoned"][rule]["accuracy"] <= 1
         for figure in ("accuracy", "balanced_accuracy", "auc"):
             assert 0 <= row["clean"][figure] <= 1
-        assert all(math.isfinite(loss) for loss in row["history"]["loss"])
+        assert all(math.isfinite(loss) for loss in row["history"]["val_loss"])
         assert row["train_seconds"] > 0
         assert 0 < row["size"]["latency_ms"] <= row["size"]["latency_p95_ms"]
         assert 0 < row["size"]["latency_1_ms"] <= row["size"]["latency_1_p95_ms"]

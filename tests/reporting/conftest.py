@@ -55,7 +55,7 @@ def make_row(dp=False, at=False, mc=False, seed=0):
         "privacy": {"epsilon": 7.98, "delta": 1e-4, "unit": "record", "relation": "add-remove", "sampling": "Poisson"}
         if dp
         else None,
-        "history": {"round": [1, 2, 3], "loss": [1.0, 0.6, 0.5 + 0.1 * at], "val_accuracy": [0.5, None, clean]},
+        "history": {"round": [1, 2, 3], "val_loss": [1.0, 0.6, 0.5 + 0.1 * at], "val_accuracy": [0.5, None, clean]},
         "train_seconds": 12.5,
         "versions": {"jax": "0.10.2"},
         "device": "cpu",

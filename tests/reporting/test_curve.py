@@ -30,7 +30,7 @@ def make_point(noise=None, budget=math.inf, auc=0.95, seed=0):
         "clean": figures,
         "val": figures,
         "privacy": privacy if noise else None,
-        "history": {"round": [1], "loss": [0.7], "val_accuracy": [0.5]},
+        "history": {"round": [1], "val_loss": [0.7], "val_accuracy": [0.5]},
         "train_seconds": 1.0,
         "versions": {},
         "device": "cpu",

@@ -77,11 +77,15 @@ def test_a_damaged_complete_line_is_named(tmp_path, study):
 def test_numpy_and_numbers_that_are_not_finite_become_plain(tmp_path, study):
     row = study()[0]
     row["train_seconds"] = np.float32(0.5)
-    row["history"] = {"round": np.arange(2), "loss": [float("nan"), np.inf], "val_accuracy": (0.1, np.float64("nan"))}
+    row["history"] = {
+        "round": np.arange(2),
+        "val_loss": [float("nan"), np.inf],
+        "val_accuracy": (0.1, np.float64("nan")),
+    }
     append(tmp_path / "rows.jsonl", row)
     (found,) = read(tmp_path / "rows.jsonl")
     assert found["train_seconds"] == 0.5
-    assert found["history"] == {"round": [0, 1], "loss": [None, None], "val_accuracy": [0.1, None]}
+    assert found["history"] == {"round": [0, 1], "val_loss": [None, None], "val_accuracy": [0.1, None]}
 
 
 @pytest.mark.parametrize(
@@ -95,7 +99,7 @@ def test_numpy_and_numbers_that_are_not_finite_become_plain(tmp_path, study):
         "privacy.unit",
         "poisoned.mean",
         "robust.pgd20_linf_0.031.eps",
-        "history.loss",
+        "history.val_loss",
         "device",
     ],
 )
@@ -119,7 +123,7 @@ def test_fields_that_do_not_apply_are_none_but_present(study):
     del row["privacy"]
     with pytest.raises(ValueError, match=r"row lacks privacy$"):
         validate(row)
-    row = study()[0] | {"history": {"round": [1], "loss": [], "val_accuracy": []}}
+    row = study()[0] | {"history": {"round": [1], "val_loss": [], "val_accuracy": []}}
     with pytest.raises(ValueError, match=r"^history is "):
         validate(row)
 

@@ -21,7 +21,7 @@ def make_sent(name, codec, accuracy, uplink, *, downlink=600_000, seed=0, privat
         "val": figures,
         "bytes": {"dense": 600_000, "uplink": uplink, "downlink": downlink},
         "privacy": plan if private else None,
-        "history": {"round": [1], "loss": [0.7], "val_accuracy": [0.5]},
+        "history": {"round": [1], "val_loss": [0.7], "val_accuracy": [0.5]},
         "train_seconds": 1.0,
         "versions": {},
         "device": "cpu",

@@ -66,7 +66,9 @@ def save_onnx(
     """
     values = dequantize(params) if isinstance(params, Quantized) else params
     programs = [trace.read(apply, values, _example(size, image_shape)) for size in SIZES]
-    mappings = {output: (layer.scale, layer.zero) for output, (layer, _) in layers_of(programs[0], ranges or {}).items()}
+    mappings = {
+        output: (layer.scale, layer.zero) for output, (layer, _) in layers_of(programs[0], ranges or {}).items()
+    }
     image = Value((Length(1, 0), *fixed(image_shape)), np.dtype(np.float32), name="image")
     graph = Graph(RULES, image.name)
     [logits] = graph.write((programs[0], programs[1]), [*_parameters(params), image], mappings)
