@@ -38,6 +38,11 @@ def where(condition: jax.Array, a: Params, b: Params) -> Params:
     return jax.tree.map(lambda x, y: jnp.where(condition, x, y), a, b)
 
 
+def is_finite(tree: Params) -> jax.Array:
+    """[] bool: whether every number is."""
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]))
+
+
 def norm(tree: Params) -> jax.Array:
     """The L2 norm over all leaves together, shape (), at least float32."""
     squares = [jnp.sum(jnp.square(x.astype(jnp.promote_types(x.dtype, jnp.float32)))) for x in jax.tree.leaves(tree)]

@@ -39,7 +39,8 @@ def distillation_loss(
         apply: the student, `(params, image[B,H,W,C]) -> logits[B,L]`.
         teacher: `image[B,H,W,C] -> logits[B,L]`, every row from its own image alone, over the same classes; a constant.
         temperature: T > 0; larger ones tell more of the classes that the teacher ranks low.
-        label_share: weight of the label in [0, 1]; at 1 the teacher is never asked.
+        label_share: weight of the label in [0, 1]; at 1 the teacher is never asked: the attack makes the label's loss
+            large.
         attack: what makes an objective large, such as `lambda objective: pgd(..., objective=objective)`. An attack that
             has an objective of its own is `lambda _: attack`. None distils on clean images.
         clean_share: weight of the clean image in [0, 1]; at 0 no clean pass of the student is computed, at 1 no attack.
@@ -62,19 +63,13 @@ def distillation_loss(
 
     def loss(key: Key, params: Params, image: jax.Array, label: jax.Array) -> jax.Array:
         fixed, clean = jax.lax.stop_gradient((params, image))
-        # Where only the label counts nothing depends on this, and the compiler drops it.
-        target = jax.lax.stop_gradient(jax.nn.log_softmax(teacher(clean) / temperature))
-
-        def divergence(logits: jax.Array, label: jax.Array) -> jax.Array:
-            del label
-            answer = jax.nn.log_softmax(logits / temperature)
-            return temperature**2 * jnp.sum(jnp.exp(target) * (target - answer), axis=-1)
+        of_label = optax.softmax_cross_entropy_with_integer_labels
+        divergence = of_label if label_share == 1 else _divergence(teacher(clean), temperature)
 
         def term(logits: jax.Array) -> jax.Array:
-            of_label = optax.softmax_cross_entropy_with_integer_labels(logits, label)
             if label_share == 1:
-                return of_label
-            return label_share * of_label + (1 - label_share) * divergence(logits, label)
+                return of_label(logits, label)
+            return label_share * of_label(logits, label) + (1 - label_share) * divergence(logits, label)
 
         if attack is None or clean_share == 1:
             return term(apply(params, image))
@@ -85,3 +80,15 @@ def distillation_loss(
         return clean_share * term(logits[: len(label)]) + (1 - clean_share) * term(logits[len(label) :])
 
     return loss
+
+
+def _divergence(answer: jax.Array, temperature: float) -> Objective:
+    """T^2 KL(softmax(answer / T) || softmax(logits / T)), the teacher's answer a constant."""
+    target = jax.lax.stop_gradient(jax.nn.log_softmax(answer / temperature))
+
+    def divergence(logits: jax.Array, label: jax.Array) -> jax.Array:
+        del label
+        of_student = jax.nn.log_softmax(logits / temperature)
+        return temperature**2 * jnp.sum(jnp.exp(target) * (target - of_student), axis=-1)
+
+    return divergence

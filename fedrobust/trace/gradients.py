@@ -80,13 +80,17 @@ def straight_through(function: Callable[..., Any]) -> Callable[..., Any]:
     """The same function, differentiated as if it did not round: a twin that can be attacked.
 
     Rounding and casts to integers keep their values and get the derivative 1, `stop_gradient` goes, and what is
-    computed in integers is computed in float32, exactly up to 2^24.
+    computed in integers is computed in float32, exactly up to 2^24. Equations inside a scan, a while loop or a cond
+    stay as they are.
 
     Args:
         function: a pure function of pytrees of arrays, such as a model on integers.
 
     Returns:
         A function of the same arguments and values (float32 where they were integers), to be differentiated.
+
+    Raises:
+        ValueError: when called: something inside a loop or a branch cuts the gradient.
 
     Source: Bengio, Leonard, Courville 2013 (arXiv 1308.3432), section 4, "straight-through"; as an attack: Athalye,
     Carlini, Wagner 2018 (arXiv 1802.00420), section 4.1.1.
@@ -102,6 +106,9 @@ def straight_through(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _emit(equation: Equation, *arrays: Any) -> list[Any]:
+    if equation.rule is None and (names := _cut_inside(equation)):
+        inside = f"{', '.join(names)} inside {equation.name!r}"
+        raise ValueError(f"function has {inside}: must be outside of loops and branches")
     if equation.name in _STOPS:
         return [arrays[0]]
     if equation.name in _STEPS:
@@ -121,6 +128,14 @@ def _emit(equation: Equation, *arrays: Any) -> list[Any]:
         if wanted is not None and jnp.issubdtype(wanted, jnp.integer):
             changes["preferred_element_type"] = jnp.dtype(jnp.float32)
     return apply_equation(equation, *arrays, **changes)
+
+
+def _cut_inside(equation: Equation) -> list[str]:
+    """What cuts the gradient inside an equation; a cast from an integer, such as a counter, alone does not."""
+    found: dict[str, None] = {}
+    for body in nested(equation):
+        _visit(body, None, found)
+    return [name for name in found if name != "cast from integer"]
 
 
 _ARITHMETIC = ("add", "sub", "mul", "div", "max", "min", "dot_general", "conv_general_dilated", "clamp", "pad")

@@ -206,6 +206,17 @@ def test_with_error_feedback_nothing_is_lost_only_late(name):
         meant += flat(update)
         np.testing.assert_allclose(said + flat(state.residual), meant, atol=2e-4)
     assert abs(flat(state.residual)).max() > 0.1  # the codec alone would have lost it
+    for bad in (np.nan, np.inf):  # one client's gradient that overflowed
+        update = jax.tree.map(lambda x, bad=bad: np.full(x.shape, bad, np.float32), UPDATE)
+        _, _, after = through(codec, KEY, state, update)
+        jax.tree.map(np.testing.assert_array_equal, after, state)
+
+
+def test_an_update_that_is_not_finite_does_not_stay_in_power_sgd():
+    codec = power_sgd(UPDATE, rank=1)
+    state = codec.init(UPDATE)
+    _, after = codec.encode(KEY, state, jax.tree.map(lambda x: x * np.float32(np.nan), UPDATE))
+    jax.tree.map(np.testing.assert_array_equal, after, state)
 
 
 def test_sign_by_hand():

@@ -66,3 +66,13 @@ def test_the_twin_has_the_same_values_and_the_slope_of_what_does_not_round(name)
     slope = {"nothing": np.where(IMAGE > 0.5, 1, 0.1).reshape(2, 16), "stop": 2.0}.get(name, 1.0)
     expected = np.round(WEIGHT[:, 0] * 20) * 50 / 1000 if name == "integers" else WEIGHT[:, 0]
     np.testing.assert_allclose(gradient, np.broadcast_to(slope * expected, (2, 16)), rtol=1e-5)
+
+
+def test_what_cuts_inside_a_loop_or_a_branch_is_named_and_a_counter_there_is_nothing():
+    counted = lambda x: dense(lax.fori_loop(0, 3, lambda i, y: y + i * x, x))  # noqa: E731
+    gradient = jax.grad(lambda x: jnp.sum(straight_through(counted)(x)[:, 0]))(jnp.asarray(IMAGE))
+    np.testing.assert_allclose(gradient.reshape(2, 16), np.tile(4 * WEIGHT[:, 0], (2, 1)), rtol=1e-5)
+    branched = lambda x: dense(lax.cond(x.sum() > 0, jnp.floor, jnp.sin, x))  # noqa: E731
+    for function, place in ((CUTS["round in a scan"][0], "round inside 'scan'"), (branched, "floor inside 'cond'")):
+        with pytest.raises(ValueError, match=f"^function has {place}: must be outside of loops and branches$"):
+            straight_through(function)(IMAGE)

@@ -51,7 +51,8 @@ def error_feedback(codec: Codec) -> Codec:
         A `Codec` of the same code, whose state is a `Feedback`.
 
     Guarantees:
-        The sum of all that was decoded plus the residual is the sum of all updates, to rounding.
+        The sum of all that was decoded plus the residual is the sum of all updates, to rounding. An update that is not
+        finite is sent as it is and leaves no trace in the state.
 
     Source: Karimireddy, Rebjock, Stich, Jaggi 2019, https://arxiv.org/abs/1901.09847, algorithm 2. Deviation: updates
         hold their learning rate already.
@@ -63,7 +64,8 @@ def error_feedback(codec: Codec) -> Codec:
     def encode(key: Key, state: Feedback, update: Params) -> tuple[Any, Feedback]:
         whole = trees.add(update, state.residual)
         code, inner = codec.encode(key, state.codec, whole)
-        return code, Feedback(trees.subtract(whole, codec.decode(code)), inner)
+        after = Feedback(trees.subtract(whole, codec.decode(code)), inner)
+        return code, trees.where(trees.is_finite(after.residual), after, state)
 
     return codec._replace(init=init, encode=encode)
 

@@ -36,7 +36,7 @@ def power_sgd(like: Params, *, rank: int) -> Codec:
 
     Guarantees:
         |C(x) - x| <= |x|: C projects onto r columns. A matrix of rank <= r arrives whole, up to rounding, unless the
-        last `right` is orthogonal to it. Biased.
+        last `right` is orthogonal to it. Biased. An update that is not finite leaves no trace in the state.
 
     Source: Vogels, Karimireddy, Jaggi, PowerSGD, 2019, https://arxiv.org/abs/1905.13727, algorithm 1. Deviations: each
         client has factors of its own, where the paper averages them between the steps; columns are made orthonormal by
@@ -60,7 +60,8 @@ def power_sgd(like: Params, *, rank: int) -> Codec:
         for x, size, yes in zip(jax.tree.leaves(update), sizes, is_factored, strict=True):
             x = x.astype(jnp.float32)
             code.append(_factors(x.reshape(size), next(last)) if yes else x)
-        return code, [part.right for part, yes in zip(code, is_factored, strict=True) if yes]
+        right = [part.right for part, yes in zip(code, is_factored, strict=True) if yes]
+        return code, [jnp.where(jnp.all(jnp.isfinite(new)), new, old) for new, old in zip(right, state, strict=True)]
 
     def decode(code: list[Any]) -> Params:
         whole = [
