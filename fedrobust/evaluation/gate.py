@@ -161,17 +161,17 @@ def _attacks(
     outcomes = []
 
     def attack(probe: Attack, radius: float, todo: np.ndarray) -> np.ndarray:
-        """[N] bool: still right."""
+        """[N] bool: what is still right of `todo`."""
         outcome = attack_all(
             subject.apply, subject.params, subject.dataset, probe,
             norm=subject.norm, eps=radius, todo=todo, key=subject.key, batch_size=subject.batch_size,
         )  # fmt: skip
         outcomes.append((outcome, todo, radius))
-        return right & ~(todo & (outcome.prediction != label))
+        return todo & (outcome.prediction == label)
 
     left = {name: attack(probes[name], eps, right) for name in ("fgsm", "pgd", "more_steps", "more_restarts")}
     on_entropy = functools.reduce(np.logical_and, left.values())
-    white = on_entropy & attack(probes["auto_pgd"], eps, on_entropy)
+    white = attack(probes["auto_pgd"], eps, on_entropy)
     blind = {name: attack(probes[name], eps, white) for name in ("square", "noise")}
     others = {name: attack(other, eps, white) for name, other in extra.items()}
     weaker, stronger = (attack(probes["pgd"], factor * eps, right) for factor in (0.5, 2.0))

@@ -11,7 +11,7 @@ from jax import lax
 
 from fedrobust import attacks, data, defenses, losses, ops
 from fedrobust.evaluation import gate, is_overestimated
-from fedrobust.types import Dataset
+from fedrobust.types import Dataset, Found
 
 KEY = jax.random.key(0)
 EPS, SIZE = 0.1, 64
@@ -178,12 +178,82 @@ def test_a_saturated_winner_beside_a_decoy_is_flagged():
 
     logits = decoyed(None, image)
     margin = jnp.abs(logits[:, 0] - logits[:, 1])
-    chosen = (margin > 20) & (margin < 30)  # an attack in the l1 dual moves `signal` by 6, the margin by 30
+    chosen = (margin > 20) & (margin < 30)  # a step of eps along the signs of `strong` moves it by 30
     dataset = Dataset(image[chosen], logits[chosen].argmax(1), 2)
-    checks = gate(decoyed, None, dataset, PROBE, KEY, 64, norm="linf", eps=0.03)
-    assert {"auto_pgd_finds_no_more"} <= failed({check["check"]: check for check in checks})
+    probes = dict.fromkeys(PROBE, PROBE["pgd"]) | {"auto_pgd": PROBE["auto_pgd"]}
+    checks = gate(decoyed, None, dataset, probes, KEY, 64, norm="linf", eps=0.03)
+    assert "auto_pgd_finds_no_more" in failed({check["check"]: check for check in checks})
+
+
+def linear(params, x):
+    weight, bias = params
+    score = (x.reshape(len(x), -1) - 0.5) @ weight + bias
+    return jnp.stack([-score, score], 1)
+
+
+SIGNS = np.where(np.arange(64) % 3 == 0, 1.0, -1.0).astype(np.float32)
+LINE = SIGNS, 0.0
+FRAGILE = np.where(np.arange(64) % 10 < 5, SIGNS, 0), 0.0  # `pushed` moves all its pixels the right way
+NEAR = Dataset(0.5 + np.linspace(-0.1, 0.1, SIZE)[:, None, None, None] * SIGNS.reshape(1, 8, 8, 1), None, 2)
+NEAR = NEAR._replace(image=NEAR.image.astype(np.float32), label=np.asarray(linear(LINE, NEAR.image)).argmax(1))
+
+
+@functools.cache
+def pushed(share=0.6, *, length=1.0, idle=(0.0, 0.0), says=True):
+    """An attack on `LINE` that wins where the margin is below `share` of what a perfect one takes away.
+
+    Args:
+        share: of the pixels that move the right way; every second one of the others moves the other way.
+        length: of its steps over the radius.
+        idle: radii between which all it does is move.
+        says: whether it reports what it finds.
+    """
+    right = (np.arange(64) + 1) % 10 <= 10 * share - 0.5
+    rest = np.where(np.cumsum(~right) % 2, 1.0, -1.0)
+
+    def attack(eps):
+        def run(key, model, image, label, todo):
+            useful = right & ~((eps > idle[0]) & (eps < idle[1]))
+            toward = SIGNS * jnp.where(useful, 1, rest).reshape(64)
+            delta = length * eps * jnp.where(label == 1, -1.0, 1.0)[:, None] * toward
+            moved = jnp.clip(image + delta.reshape(image.shape), 0, 1)
+            moved = jnp.where(todo[:, None, None, None], moved, image)
+            return Found(moved, (model(moved).argmax(1) != label) & says, todo.astype(jnp.int32))
+
+        return run
+
+    return attack
+
+
+PERFECT = pushed(1.0)
+WEAK = {
+    "nothing": ({}, {}, None),
+    "pgd_at_least_as_strong_as_fgsm": ({"fgsm": PERFECT}, {}, None),
+    "more_steps_find_no_more": ({"more_steps": PERFECT}, {}, None),
+    "more_restarts_find_no_more": ({"more_restarts": PERFECT}, {}, None),
+    "auto_pgd_finds_no_more": ({"auto_pgd": PERFECT}, {}, None),
+    "square_finds_no_more": ({"square": PERFECT}, {}, None),
+    "noise_finds_no_more": ({"noise": PERFECT}, {}, None),
+    "transfer_finds_no_more": ({}, {"twin": PERFECT}, None),
+    "undefended_twin_falls": ({}, {}, (SIGNS, 100.0)),
+    "success_rises_with_eps": ({"pgd": pushed(idle=(1.5 * EPS, 3 * EPS))}, {}, None),
+    "nothing_is_right_unbounded": ({"pgd": pushed(idle=(0.9, 1.1))}, {}, None),
+    "samples_inside_ball": ({"noise": pushed(length=1.01)}, {}, None),
+    "success_is_reproduced": ({"pgd": pushed(says=False)}, {}, None),
+}
+
+
+@pytest.mark.parametrize("name", WEAK)
+def test_a_weak_attack_is_flagged_by_its_comparison_alone(name):
+    changes, extra, undefended = WEAK[name]
+    probes = {**dict.fromkeys(PROBE, pushed()), **changes}
+    checks = gate(
+        linear, LINE, NEAR, probes, KEY, 64, norm="linf", eps=EPS,
+        extra={"itself": pushed(), **extra}, undefended=undefended or FRAGILE,
+    )  # fmt: skip
+    assert failed({check["check"]: check for check in checks}) == {name} - {"nothing"}
 
 
 def test_a_radius_that_is_never_reached_is_flagged():
-    short = dict.fromkeys(PROBE, lambda eps: PROBE["pgd"](0.3 * eps))  # one for all: compiled once
-    assert "the_radius_is_used_up" in failed(verdict(RELU, trained("relu"), short))
+    checks = gate(linear, LINE, NEAR, dict.fromkeys(PROBE, pushed(length=0.3)), KEY, 64, norm="linf", eps=EPS)
+    assert failed({check["check"]: check for check in checks}) == {"the_radius_is_used_up"}
