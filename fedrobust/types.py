@@ -145,7 +145,8 @@ class Found(NamedTuple):
             point of the largest objective (margin, if the search has none) among those inside the ball.
         wrong: [N] bool, whether the model misclassifies it.
         num_queries: [N] int32, images of that example the model was asked about, the clean one included, up to the
-            success; times `num_samples` for a randomised model. 0 for an example that was not to be attacked.
+            success; for a randomised model once more after it, and times `num_samples`. 0 for an example that was not
+            to be attacked.
     """
 
     image: jax.Array

@@ -75,7 +75,8 @@ def run(
         compact: fill slots again as their tries end. False keeps all N examples in one batch, in step, to the
             end of every try, broken or not: the same result, for comparison.
         num_samples: None for a deterministic model `logits_fn(image)`. For a randomised one, `logits_fn(key, image)`,
-            the draws >= 1 per question: what counts are its mean logits, its mean objective and its mean gradient.
+            the draws >= 1 per question: what counts are its mean logits, its mean objective and its mean gradient. Of
+            many questions one succeeds by the luck of its draws, so a success is asked about once more, with new ones.
         num_devices: local devices to deal the examples out to; None for all.
 
     Returns:
@@ -101,7 +102,7 @@ def run(
         chex.assert_rank([image, label, todo], [4, 1, 1])
         chex.assert_equal_shape_prefix([image, label, todo], 1)
         ask = _ask(search, key, trace.fast_convolutions(logits_fn), num_samples)
-        one = functools.partial(_attack, search, ask, key, num_slots if compact else None)
+        one = functools.partial(_attack, search, ask, key, num_slots if compact else None, num_samples is not None)
         examples = Examples(*map(jnp.asarray, (jnp.arange(len(label)), image, label, todo)))
         found = over_devices(one, on)(examples)
         return found._replace(num_queries=found.num_queries * (num_samples or 1))
@@ -118,12 +119,14 @@ def as_attack(search: Search) -> Attack:
     return attack
 
 
-def _attack(search: Search, ask: Ask, key: Key, num_slots: int | None, examples: Examples) -> Found:
+def _attack(
+    search: Search, ask: Ask, key: Key, num_slots: int | None, is_randomised: bool, examples: Examples
+) -> Found:
     """The search over the examples of one device; all of them in step where there are no slots."""
     _, image, label, todo = examples
     num, num_tries = len(label), search.num_tries
     width = num if num_slots is None else min(num_slots, num * num_tries)
-    logits = _clean(ask, examples, width, num_tries)
+    logits = _logits(ask, examples, width, num_tries)
     board = _Board(
         image,
         jnp.full(num, -jnp.inf),
@@ -134,7 +137,11 @@ def _attack(search: Search, ask: Ask, key: Key, num_slots: int | None, examples:
     game = _game(search, ask, key, examples, logits)
     board = (_in_step if num_slots is None else _compacted)(search, game, board, todo, width, key)
     counted = jnp.arange(num_tries) <= board.winner[:, None]
-    return Found(board.image, board.winner < num_tries, todo + jnp.sum(board.asked * counted, axis=1))
+    found = Found(board.image, board.winner < num_tries, todo + jnp.sum(board.asked * counted, axis=1))
+    if not is_randomised:
+        return found
+    logits = _logits(ask, examples._replace(image=found.image, todo=found.wrong), width, num_tries + 1)
+    return found._replace(wrong=found.wrong & _is_wrong(logits, label), num_queries=found.num_queries + found.wrong)
 
 
 def _ask(search: Search, key: Key, logits_fn: Callable[..., Any], num_samples: int | None) -> Ask:
@@ -181,8 +188,8 @@ def _ask(search: Search, key: Key, logits_fn: Callable[..., Any], num_samples: i
     return mean if num_samples else lambda _, point, label, state: once(None, point, label, state)
 
 
-def _clean(ask: Ask, examples: Examples, width: int, num_tries: int) -> jax.Array:
-    """The logits [N,L] at the images to attack, others 0, in batches of `width`."""
+def _logits(ask: Ask, examples: Examples, width: int, attempt: int) -> jax.Array:
+    """The logits [N,L] at the images to attack, others 0, in batches of `width`; `attempt` names the draws."""
     number, image, label, todo = examples
     num = len(label)
     size = min(width, num)
@@ -190,7 +197,7 @@ def _clean(ask: Ask, examples: Examples, width: int, num_tries: int) -> jax.Arra
 
     def logits_of(rows: jax.Array) -> jax.Array:
         none = jnp.zeros(size, jnp.int32)
-        return ask((number[rows], none + num_tries, none), image[rows], label[rows], None)[0]
+        return ask((number[rows], none + attempt, none), image[rows], label[rows], None)[0]
 
     def batch(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         begin, logits = carry

@@ -89,7 +89,7 @@ def fab(
         num_others = logits.shape[0] - 1
         check.require(num_targets <= num_others, "num_targets", num_targets, f"<= {num_others}, the other classes")
         target = objectives.target_class(logits, label, index % num_targets)
-        point = jnp.where(index < num_targets, image, _start(key, norm, eps, image))
+        point = jnp.where(index < num_targets, image, balls.surface_start(key, norm, 0.5 * eps, image))
         return _begin(image, logits, label, target, point)
 
     def learn(state: _State, answer: Answer) -> _State:
@@ -273,17 +273,6 @@ def _narrow(state: _State, answer: Answer) -> _State:
         num_final_steps=state.num_final_steps + 1,
     )
     return state._replace(point=_between(state))
-
-
-def _start(key: Key, norm: str, eps: balls.Radius, image: jax.Array) -> jax.Array:
-    """A random point at a distance of eps / 2, cut to the box."""
-    if norm == "linf":
-        offset = jax.random.uniform(key, image.shape, image.dtype, -1, 1)
-    elif norm == "l2":
-        offset = jax.random.normal(key, image.shape, image.dtype)
-    else:
-        offset = jax.random.laplace(key, image.shape, image.dtype)
-    return jnp.clip(image + 0.5 * eps * offset / jnp.maximum(balls.length(norm, offset), 1e-30), 0, 1)
 
 
 def _check(norm: str, eps: balls.Radius, num_steps: int, num_targets: int, num_restarts: int) -> None:

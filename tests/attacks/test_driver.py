@@ -232,12 +232,15 @@ def test_samples_of_a_model_that_ignores_its_key_change_nothing():
     found = jax.jit(lambda: search(KEY, lambda key, x: curved(x), IMAGE, LABEL, TODO))()
     plain = program(5)(IMAGE, LABEL, TODO)
     np.testing.assert_array_equal(found.wrong, plain.wrong)
-    np.testing.assert_array_equal(found.num_queries, 4 * plain.num_queries)
+    np.testing.assert_array_equal(found.num_queries, 4 * (plain.num_queries + plain.wrong))  # successes once more
     np.testing.assert_allclose(found.image, plain.image, atol=1e-6)
 
 
-def test_the_mean_of_samples_is_taken():
-    """Each draw adds +10 or -10 to class 0; only the mean of many draws shows the class that is ahead by 4."""
+def test_the_mean_of_samples_is_taken_and_luck_is_no_success():
+    """Each draw adds +10 or -10 to class 0; only the mean of many draws shows the class that is ahead by 4.
+
+    Of 30 questions of one draw each, one is all but sure to be wrong; asked once more, half of them are.
+    """
 
     def logits_fn(key, x):
         coin = 10.0 * jax.random.rademacher(key, (len(x), 1)).astype(jnp.float32)
@@ -246,10 +249,10 @@ def test_the_mean_of_samples_is_taken():
     label = np.ones(NUM, int)
     share = []
     for num_samples in (1, 64):
-        search = run(toy(num_tries=1, num_queries=1), num_slots=24, num_samples=num_samples)
+        search = run(toy(num_tries=1, num_queries=30), num_slots=24, num_samples=num_samples)
         found = jax.jit(lambda search=search: search(KEY, logits_fn, IMAGE, label, TODO))()
         share.append(float(found.wrong.mean()))
-    assert share[0] > 0.5 and share[1] < 0.1  # one draw: wrong with probability 3/4; 64 draws: 1e-3
+    assert 0.15 < share[0] < 0.85 and share[1] < 0.1  # 24 coins, one of them out of the range in 1 of 1500 keys
 
 
 def test_as_an_attack_it_gives_the_images():
