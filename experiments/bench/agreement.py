@@ -3,7 +3,8 @@
 The models are files that `combinations` left: plain, at and dp+at of seed 0. Each member attacks, by itself, every
 image that is classified rightly; both sides predict the same class for every clean image, or the command stops.
 torchattacks and pyautoattack have no targeted DLR for two classes; our set has a margin in its place. Members that
-start or search at random run once per seed: a seed moves the accuracy of a weak model.
+start or search at random run once per seed: a seed moves the accuracy of a weak model. Square keeps its schedule, as
+AutoAttack's does, on all sides.
 
 Every run is a row: a command that was stopped goes on, and processes that get the same command share the work.
 
@@ -226,7 +227,7 @@ def _makers(model: Any, setting: Setting, seed: int) -> dict[str, dict[str, Call
     import pyautoattack.square as square
     import torchattacks
 
-    num = setting.num_queries
+    queries = {"n_queries": setting.num_queries, "resc_schedule": False}
     all_of = {"norm": "Linf", "eps": setting.eps, "seed": seed}
     all_py = {**all_of, "device": "cpu"}
     steps_py = {**all_py, "n_iter": NUM_STEPS}
@@ -234,12 +235,12 @@ def _makers(model: Any, setting: Setting, seed: int) -> dict[str, dict[str, Call
         "torchattacks": {
             "apgd_ce": lambda: torchattacks.APGD(model, steps=NUM_STEPS, loss="ce", **all_of),
             "fab_t": lambda: torchattacks.FAB(model, steps=NUM_STEPS, multi_targeted=True, n_classes=2, **all_of),
-            "square": lambda: torchattacks.Square(model, n_queries=num, **all_of),
+            "square": lambda: torchattacks.Square(model, **queries, **all_of),
         },
         "pyautoattack": {
             "apgd_ce": lambda: pgd.APGDAttack(model, loss="ce", **steps_py).perturb,
             "fab_t": lambda: fab.FABAttack_PT(model, targeted=True, n_target_classes=1, **steps_py).perturb,
-            "square": lambda: square.SquareAttack(model, n_queries=num, **all_py).perturb,
+            "square": lambda: square.SquareAttack(model, **queries, **all_py).perturb,
         },
     }
 

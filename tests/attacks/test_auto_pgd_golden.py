@@ -71,7 +71,7 @@ def test_mean_accuracy_agrees_within_a_fifth_of_a_point(case, peer):
     assert abs(mine - other) <= TOLERANCE + 1e-9, (mine, other)
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("norm", ["linf", pytest.param("l2", marks=pytest.mark.slow)])
 def test_the_union_of_ours_is_never_more_accurate_than_the_union_of_theirs(norm):
     """One start each."""
     cases = [case for case in CASES if case[:2] == ("ten", norm)]
