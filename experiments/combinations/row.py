@@ -210,7 +210,7 @@ def _poisoned(study: Study, site: Hospitals, trained: Sequence[Trained]) -> dict
     }
     test = site.splits.test
     for name, model in zip(("mean", study.poison.rule), trained, strict=True):
-        apply, params = runnable(model.apply, as_served(model, study.mc, site.splits.val.image[:BATCH_SIZE]))
+        apply, params = runnable(as_served(model, study.mc, site.splits.val.image[:BATCH_SIZE]))
         logits = evaluation.predict(apply, params, test.image, BATCH_SIZE)
         found = evaluation.metrics(logits, test.label)
         entry[name] = {"accuracy": found.accuracy, "balanced_accuracy": found.balanced_accuracy}

@@ -28,14 +28,7 @@ class Final(NamedTuple):
     bytes: int
 
 
-class Served(NamedTuple):
-    """A model in its bits. Attributes: params, as they are stored; ranges of its activations, None where float."""
-
-    params: Params
-    ranges: compression.Ranges | None
-
-
-def as_served(trained: Trained, settings: MC, images: np.ndarray) -> Served:
+def as_served(trained: Trained, settings: MC, images: np.ndarray) -> compression.Stored:
     """A trained model in the bits it is served in: float32 where nothing was pruned.
 
     Args:
@@ -44,19 +37,20 @@ def as_served(trained: Trained, settings: MC, images: np.ndarray) -> Served:
         images: [B,H,W,C], on which ranges of activations are measured; looked at only where those are rounded.
     """
     if trained.masks is None:
-        return Served(trained.params, None)
+        return compression.Stored(trained.params, trained.apply, None)
     params = compression.quantize(trained.params, bits=settings.bits, symmetric=settings.symmetric)
-    if settings.activations == "float":
-        return Served(params, None)
-    return Served(params, compression.calibrate(trained.apply, compression.dequantize(params), images))
+    ranges = None
+    if settings.activations == "int8":
+        ranges = compression.calibrate(trained.apply, compression.dequantize(params), images)
+    return compression.Stored(params, trained.apply, ranges)
 
 
-def runnable(apply: Apply, served: Served) -> tuple[Apply, Params]:
+def runnable(served: compression.Stored) -> tuple[Apply, Params]:
     """What is attacked and measured: a function and its parameters."""
     if served.ranges is not None:
-        return _on_integers(apply, tuple(served.ranges.items())), served.params
+        return _on_integers(served.apply, tuple(served.ranges.items())), served.params
     quantized = isinstance(served.params, compression.Quantized)
-    return apply, compression.dequantize(served.params) if quantized else served.params
+    return served.apply, compression.dequantize(served.params) if quantized else served.params
 
 
 @threads.cached(maxsize=16)  # one function for equal models: what is compiled for it is found again
@@ -68,7 +62,7 @@ def _on_integers(apply: Apply, ranges: tuple[tuple[int, tuple[float, int]], ...]
 def finish(
     model: Model,
     trained: Trained,
-    served: Served,
+    served: compression.Stored,
     path: Path,
     guarantee: dict[str, Any] | None,
     image: np.ndarray,
@@ -92,7 +86,7 @@ def finish(
     )  # fmt: skip
     file_apply, file_params, _ = from_file(model, path, image)
     # One function for all models of a shape shares what is compiled for it; the file's own must agree with it.
-    apply, _ = runnable(trained.apply, served)
+    apply, _ = runnable(served)
     in_file, measured = jax.jit(file_apply)(file_params, image), jax.jit(apply)(file_params, image)
     require_equal(in_file, measured, str(path))
     return Final(apply, file_params, size)
@@ -111,4 +105,4 @@ def from_file(model: Model, path: Path, image: np.ndarray) -> Final:
     """
     full = jax.eval_shape(model.init, jax.random.key(0), image[:1])
     found = compression.stored(path, model.apply, full, image[:1])
-    return Final(*runnable(found.apply, Served(found.params, found.ranges)), path.stat().st_size)
+    return Final(*runnable(found), path.stat().st_size)
