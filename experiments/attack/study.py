@@ -102,8 +102,8 @@ def find(attacking: Attacking) -> Sequence[Case]:
             case = Case(row, folder / "models" / f"{name_of_row(row)}.safetensors")
             check.require(case.name not in cases, "--models", str(folder), f"the only folder with {case.name}")
             cases[case.name] = case
-    hashes = {reporting.config_hash({**case.row["config"], "attack": None}) for case in cases.values()}
-    check.require(len(hashes) == 1, "--models", attacking.models, "folders of one configuration, attacks apart")
+    trained = {reporting.config_hash(_training(case.row)) for case in cases.values()}
+    check.require(len(trained) == 1, "--models", attacking.models, "folders of one configuration, attacks apart")
     for seed in attacking.seeds:
         check.one_of("--seeds", seed, {case.row["seed"] for case in cases.values()})
     for combination in attacking.combinations:
@@ -151,6 +151,11 @@ def attack(study: Study, config: dict[str, Any], case: Case, test: Dataset, prog
         "checks": checks,
         "attacked_with": {**provenance(), "file": case.digest},
     }
+
+
+def _training(row: reporting.Row) -> dict[str, Any]:
+    """The settings of a row but for its attacks; one from before there was a setting has its default."""
+    return {**config_of(study_of(row["config"])), "attack": None}
 
 
 def _combination(row: reporting.Row) -> str:

@@ -31,13 +31,14 @@ def tiny(*, num_classes, width, groups):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Folders of two seeds, trained apart; the second says that it was attacked with other restarts."""
+    """Folders of two seeds, trained apart; the second says other restarts, and is from before there were scopes."""
     folder = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(SPECS, "small_cnn", tiny)
         for seed, names in enumerate(("plain mc", "plain")):
             assert main(TRAIN.format(out=folder / f"seed{seed}", seed=seed, names=names).split()) == 0
         _replace(folder / "seed1/rows.jsonl", '"num_restarts": 1', '"num_restarts": 2')
+        _replace(folder / "seed1/rows.jsonl", '"scope": "uniform", ', "")
         yield folder
 
 
