@@ -277,8 +277,7 @@ def _narrow(state: _State, answer: Answer) -> _State:
 
 def _check(norm: str, eps: balls.Radius, num_steps: int, num_targets: int, num_restarts: int) -> None:
     check.one_of("norm", norm, balls.NORMS)
-    if not isinstance(eps, jax.Array):
-        check.non_negative("eps", eps)
+    balls.check_radius("eps", eps)
     check.at_least("num_steps", num_steps, 1)
     check.at_least("num_targets", num_targets, 1)
     check.at_least("num_restarts", num_restarts, 1)

@@ -52,8 +52,7 @@ def rays(*, eps: balls.Radius, num_queries: int, tolerance: float) -> Search:
         Chen, Gu 2020, https://arxiv.org/abs/2006.12792, algorithms 2 and 3. Deviation: radii are those of the "linf"
         ball throughout, so the tolerance does not depend on the number of pixels.
     """
-    if not isinstance(eps, jax.Array):
-        check.non_negative("eps", eps)
+    balls.check_radius("eps", eps)
     check.at_least("num_queries", num_queries, 1)
     check.positive("tolerance", tolerance)
 

@@ -19,7 +19,7 @@ def random_noise(*, norm: str, eps: balls.Radius, num_queries: int) -> Search:
     """Independent random points as far out as the ball and the box allow.
 
     Args:
-        norm: "linf" (a random corner), "l2" or "l1" (uniform in the ball).
+        norm: "linf" (a random corner), "l2" or "l1" (uniform on the surface).
         eps: radius of the ball >= 0, in units of the image range [0, 1].
         num_queries: points >= 1.
 
@@ -37,7 +37,7 @@ def random_noise(*, norm: str, eps: balls.Radius, num_queries: int) -> Search:
 
     def draw(key: Key, image: jax.Array) -> jax.Array:
         if norm != "linf":
-            return balls.start(key, norm, eps, image)
+            return balls.surface_start(key, norm, eps, image)
         corner = jax.random.rademacher(key, image.shape, image.dtype)
         return balls.project(norm, eps, image, image + eps * corner)
 

@@ -85,8 +85,7 @@ def square(
         pattern is turned, as "l2" does; on images narrower than its smallest square (3) that covers the narrower side.
     """
     check.one_of("norm", norm, NORMS)
-    if not isinstance(eps, jax.Array):
-        check.non_negative("eps", eps)
+    balls.check_radius("eps", eps)
     check.at_least("num_queries", num_queries, 1)
     check.fraction("p_init", p_init, zero=False)
     check.at_least("num_restarts", num_restarts, 1)
