@@ -92,7 +92,7 @@ class MC:
     end: float = 0.15
     """Pruning is complete, and the model physically smaller, after this share."""
     num_events: int = 4
-    """Times the masks are renewed in between (cubic schedule); at most once more where it does not divide the rounds."""
+    """Times the masks are renewed in between (cubic schedule), or once more where that does not divide the rounds."""
     label_share: float = 1.0
     """Weight of the label in the small model's loss; the rest is that of what the full model answered when pruning
     began. Under privacy that model is public, so that learning from it costs nothing more."""
