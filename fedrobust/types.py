@@ -142,11 +142,11 @@ class Found(NamedTuple):
 
     Attributes:
         image: [N,H,W,C]: the first success in the order of the tries (the clean image, if that is one); else the
-            point of the largest objective (margin, if the search has none) among those inside the ball.
+            point of the largest objective (margin, if the search has none or the model is randomised) in the ball.
         wrong: [N] bool, whether the model misclassifies it.
         num_queries: [N] int32, images of that example the model was asked about, the clean one included, up to the
-            success; for a randomised model once more after it, and times `num_samples`. 0 for an example that was not
-            to be attacked.
+            success; for a randomised model up to the end and once more, times `num_samples`. 0 for an example that was
+            not to be attacked.
     """
 
     image: jax.Array

@@ -31,7 +31,7 @@ class _Jobs(NamedTuple):
     state: Any
     asked: jax.Array  # questions so far
     best: jax.Array  # [B,H,W,C]
-    value: jax.Array  # of the objective at `best`
+    value: jax.Array  # of the objective (or margin) at `best`
     won: jax.Array
 
 
@@ -75,8 +75,9 @@ def run(
         compact: fill slots again as their tries end. False keeps all N examples in one batch, in step, to the
             end of every try, broken or not: the same result, for comparison.
         num_samples: None for a deterministic model `logits_fn(image)`. For a randomised one, `logits_fn(key, image)`,
-            the draws >= 1 per question: what counts are its mean logits, its mean objective and its mean gradient. Of
-            many questions one succeeds by the luck of its draws, so a success is asked about once more, with new ones.
+            the draws >= 1 per question: what counts are its mean logits and its mean gradient. Among many questions one
+            succeeds by the luck of its draws: no try ends at a success, and the point of the largest margin is judged
+            once more, by new draws.
         num_devices: local devices to deal the examples out to; None for all.
 
     Returns:
@@ -87,7 +88,8 @@ def run(
         ValueError: a number out of range.
 
     Guarantees:
-        Success is a point inside the ball where the argmax is not the label, or a logit is NaN. Example i draws from
+        Success is a point inside the ball where the argmax is not the label, or a logit is NaN (of a randomised model
+        such a point is found only if its margin is the largest). Example i draws from
         `fold_in(key, i)`, its try r from `fold_in(that, r)`: neither slots nor devices nor `compact` nor the other
         examples change its result beyond the rounding of the model's batches. Where `todo` is False the
         image comes back untouched, not wrong, and the model is not asked. The clean image is judged once: with a radius
@@ -101,6 +103,7 @@ def run(
     def attack(key: Key, logits_fn: Callable[..., Any], image: jax.Array, label: jax.Array, todo: jax.Array) -> Found:
         chex.assert_rank([image, label, todo], [4, 1, 1])
         chex.assert_equal_shape_prefix([image, label, todo], 1)
+        check.at_least("the number of images", len(label), 1)
         ask = _ask(search, key, trace.fast_convolutions(logits_fn), num_samples)
         one = functools.partial(_attack, search, ask, key, num_slots if compact else None, num_samples is not None)
         examples = Examples(*map(jnp.asarray, (jnp.arange(len(label)), image, label, todo)))
@@ -134,14 +137,16 @@ def _attack(
         winner=jnp.where(todo & _is_wrong(logits, label), -1, num_tries),
         asked=jnp.zeros((num, num_tries), jnp.int32),
     )
-    game = _game(search, ask, key, examples, logits)
+    game = _game(search, ask, key, examples, logits, is_randomised)
     board = (_in_step if num_slots is None else _compacted)(search, game, board, todo, width, key)
     counted = jnp.arange(num_tries) <= board.winner[:, None]
     found = Found(board.image, board.winner < num_tries, todo + jnp.sum(board.asked * counted, axis=1))
     if not is_randomised:
         return found
-    logits = _logits(ask, examples._replace(image=found.image, todo=found.wrong), width, num_tries + 1)
-    return found._replace(wrong=found.wrong & _is_wrong(logits, label), num_queries=found.num_queries + found.wrong)
+    unjudged = jnp.any(found.image != image, axis=(1, 2, 3))
+    logits = _logits(ask, examples._replace(image=found.image, todo=unjudged), width, num_tries + 1)
+    wrong = found.wrong | (unjudged & _is_wrong(logits, label))
+    return found._replace(wrong=wrong, num_queries=found.num_queries + unjudged)
 
 
 def _ask(search: Search, key: Key, logits_fn: Callable[..., Any], num_samples: int | None) -> Ask:
@@ -209,7 +214,7 @@ def _logits(ask: Ask, examples: Examples, width: int, attempt: int) -> jax.Array
     return lax.while_loop(lambda carry: carry[0] < jnp.sum(todo), batch, (jnp.int32(0), none))[1]
 
 
-def _game(search: Search, ask: Ask, key: Key, examples: Examples, logits: jax.Array) -> _Game:
+def _game(search: Search, ask: Ask, key: Key, examples: Examples, logits: jax.Array, is_randomised: bool) -> _Game:
     number, image, label, _ = examples
 
     def begin(example: jax.Array, index: jax.Array, is_open: jax.Array) -> _Jobs:
@@ -225,11 +230,11 @@ def _game(search: Search, ask: Ask, key: Key, examples: Examples, logits: jax.Ar
     def turn(jobs: _Jobs) -> _Jobs:
         point = jax.vmap(search.point)(jobs.state)
         judged, answer = ask((number[jobs.example], jobs.attempt, jobs.asked), point, jobs.label, jobs.state)
-        black_box = search.objective is None
-        value = jax.vmap(objectives.margin)(judged, jobs.label) if black_box else answer.value
+        by_margin = search.objective is None or is_randomised
+        value = jax.vmap(objectives.margin)(judged, jobs.label) if by_margin else answer.value
         counts = jobs.open & jax.vmap(search.inside)(jobs.image, point)
         moved = jnp.any(point != jobs.image, axis=(1, 2, 3))  # the clean image has been judged
-        won = counts & moved & _is_wrong(judged, jobs.label)
+        won = counts & moved & _is_wrong(judged, jobs.label) & (not is_randomised)
         better = won | (counts & (value > jobs.value))
         state = jax.vmap(search.learn)(jobs.state, answer)
         asked = jobs.asked + jobs.open

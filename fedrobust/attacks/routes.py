@@ -48,8 +48,8 @@ def routes(
 
     Returns:
         By name, from a radius to an attack whose success is counted on the model it is given, which must be
-        `logits_fn`. Empty for a model that no rounding, cast or stop stands in the way of and whose margins are below
-        15: its own gradient is the route.
+        `logits_fn`. Empty for a model that no rounding, cast or stop stands in the way of and whose median margin is
+        below 15: its own gradient is the route.
 
     Raises:
         ValueError: unknown norm, a number out of range.

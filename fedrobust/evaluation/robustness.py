@@ -117,20 +117,18 @@ def evaluate(
         `Robustness`. A radius of 0 gives the clean accuracy exactly.
 
     Raises:
-        ValueError: no threat, two threats or two radii of one name, a negative radius, no example, a batch_size < 1;
-            images, labels or outputs that `require_attackable` refuses.
+        ValueError: no threat, two threats or two radii of one name, different radii in a cascade, a negative radius, no
+            example, a batch_size < 1; images, labels or outputs that `require_attackable` refuses.
 
     Source: the worst case per example: Croce, Hein 2020 (arXiv 2003.01690), section 6; the interval: Clopper, Pearson
         1934.
     """
     cases = [(threat, eps, threat.name(eps)) for threat in threats for eps in threat.eps]
-    names = [name for _, _, name in cases]
-    check.require(0 < len(names) == len(set(names)), "threats", names, "at least one, with different names")
     unions = {(t.norm, eps): Threat("worst", t.norm, (eps,), 1, 1, t.attack) for t, eps, _ in cases}
-    different = len({union.name(*union.eps) for union in unions.values()}) == len(unions)
-    check.require(different, "eps", sorted(eps for _, eps in unions), "radii that differ in their first two digits")
-    for _, eps, name in cases:
-        check.non_negative(f"eps of {name}", eps)
+    _check_names(cases, [union.name(*union.eps) for union in unions.values()])
+    for norm in dict.fromkeys(threat.norm for threat in threats):
+        radii = sorted({tuple(sorted(set(threat.eps))) for threat in threats if threat.norm == norm})
+        check.require(not cascade or len(radii) == 1, f"eps of the {norm} threats", radii, "the same for a cascade")
     logits = predict(apply, params, dataset.image, batch_size)
     require_attackable(dataset, logits)
     label, clean = np.asarray(dataset.label), predicted_class(logits)
@@ -172,6 +170,16 @@ def check_samples(outcomes: Sequence[tuple[Outcome, np.ndarray, float]], label: 
         checked("samples_inside_ball", float(np.max(beyond)) if beyond else None, 1e-5),
         checked("success_is_reproduced", float(np.max(differ)) if differ else None, max(TOLERANCE, 1 / len(label))),
     ]
+
+
+def _check_names(cases: Sequence[Case], of_unions: Sequence[str]) -> None:
+    names = [name for _, _, name in cases]
+    own = len(names) == len({*names} - {*of_unions}) > 0
+    check.require(own, "threats", names, "at least one, with different names, none that of a worst case")
+    radii = sorted({eps for _, eps, _ in cases})
+    check.require(len({*of_unions}) == len(of_unions), "eps", radii, "radii that differ in their first two digits")
+    for _, eps, name in cases:
+        check.non_negative(f"eps of {name}", eps)
 
 
 def _check_strength(cases: Sequence[Case], robust: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:

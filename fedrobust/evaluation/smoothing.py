@@ -73,7 +73,7 @@ def certify(
         num_selection: n0 >= 1, draws that choose the class (100 in the paper).
         num_estimation: n >= 1, fresh draws that bound its probability (100 000 in the paper). The radius cannot exceed
             `stddev * Phi^-1(failure_probability ** (1 / n))`.
-        failure_probability: alpha in (0, 1) of each certificate (0.001 in the paper).
+        failure_probability: alpha in [1e-9, 1) of each certificate (0.001 in the paper).
         batch_size: noisy images per call of the model >= 1.
 
     Returns:
@@ -89,7 +89,7 @@ def certify(
 
     Source: Cohen, Rosenfeld, Kolter 2019 (arXiv 1902.02918), Algorithm CERTIFY, Theorem 1 and Proposition 2.
     """
-    check.fraction("failure_probability", failure_probability, zero=False, one=False)
+    _check_failure(failure_probability)
     counts = noisy_counts(
         apply,
         params,
@@ -159,7 +159,7 @@ def certificates(counts: np.ndarray, num_estimation: int, *, stddev: float, fail
         counts: [N,2,L] int, of independent draws for selection and for estimation.
         num_estimation: n, draws behind the second row, also those that counted for no class.
         stddev: of the noise > 0.
-        failure_probability: alpha in (0, 1); p is a bound at confidence 1 - alpha.
+        failure_probability: alpha in [1e-9, 1); p is a bound at confidence 1 - alpha.
 
     Returns:
         `Certificates`; it abstains where p <= 1/2.
@@ -172,7 +172,7 @@ def certificates(counts: np.ndarray, num_estimation: int, *, stddev: float, fail
     counts = np.asarray(counts)
     check.require(counts.ndim == 3 and counts.shape[1] == 2, "the shape of counts", counts.shape, "[N, 2, L]")
     check.positive("stddev", stddev)
-    check.fraction("failure_probability", failure_probability, zero=False, one=False)
+    _check_failure(failure_probability)
     selection, estimation = counts[:, 0], counts[:, 1]
     chosen = np.argmax(selection, axis=1)
     bound = intervals.lower(estimation[np.arange(len(counts)), chosen], num_estimation, 1 - failure_probability)
@@ -216,6 +216,11 @@ def certified_accuracy(
     wrong = int(binom.isf(1 - confidence, num, alpha))
     population = float(intervals.lower(certified, num, confidence)) - alpha
     return CertifiedAccuracy(certified / num, max(0, certified - wrong) / num, max(0.0, population))
+
+
+def _check_failure(probability: float) -> None:
+    """1 less anything smaller would be rounded."""
+    check.require(1e-9 <= probability < 1, "failure_probability", probability, "in [1e-9, 1)")
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

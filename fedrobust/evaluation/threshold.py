@@ -23,7 +23,7 @@ def best_shift(margins: Sequence[npt.ArrayLike], label: npt.ArrayLike) -> float:
         The shift: the middle of the longest stretch on which the mean balanced accuracy over `margins` is largest.
 
     Raises:
-        ValueError: no margins, a margin that is not finite, or labels other than both 0 and 1.
+        ValueError: no margins, margins of another length, one that is not finite, or labels other than both 0 and 1.
 
     >>> best_shift([[-3.0, -2.0, -1.0, -0.5]], [0, 0, 1, 1])
     1.5
@@ -31,6 +31,8 @@ def best_shift(margins: Sequence[npt.ArrayLike], label: npt.ArrayLike) -> float:
     label = np.asarray(label)
     check.at_least("the number of margins", len(margins), 1)
     check.require(set(np.unique(label)) == {0, 1}, "label", np.unique(label).tolist(), "both 0 and 1")
+    shapes = [np.shape(margin) for margin in margins]
+    check.require({*shapes} == {label.shape}, "the shapes of margins", shapes, f"all {label.shape}")
     values = np.asarray(margins, np.float64)
     check.require(bool(np.isfinite(values).all()), "margins", "not finite", "finite")
     edges = np.unique(-values)  # between two of these shifts no prediction changes

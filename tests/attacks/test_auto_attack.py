@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedrobust.attacks import auto_attack, auto_pgd, momentum_pgd, run, transfer, with_gradient_of
+from fedrobust.attacks import auto_attack, auto_pgd, balls, momentum_pgd, objectives, run, transfer, with_gradient_of
+from fedrobust.attacks.square import square
 
 SHAPE = (4, 3, 1)
 KEY = jax.random.key(2)
@@ -135,3 +136,36 @@ def test_a_borrowed_gradient_changes_no_value():
     np.testing.assert_array_equal(both(IMAGE), rounded(IMAGE))
     slope = [jax.grad(lambda x, f=f: f(x).sum())(IMAGE) for f in (both, logits_fn)]
     np.testing.assert_allclose(*slope, atol=1e-6)
+
+
+@pytest.mark.parametrize("norm", balls.NORMS)
+def test_members_count_in_the_ball_of_their_radius_and_norm(norm):
+    image, delta = jnp.full(SHAPE, 0.5), jnp.zeros(SHAPE).at[:2, 0].set(0.1)
+    eps = {"linf": 0.1, "l2": 0.1 * 2**0.5, "l1": 0.2}[norm]
+    for name, _, search in set_of(norm=norm, eps=eps).members:
+        assert [bool(search.inside(image, image + s * delta)) for s in (0.99, 1.01)] == [True, False], name
+
+
+def test_the_square_of_the_set_halves_as_published():
+    ours = set_of(num_queries=100).members[-1].search
+    theirs = square(norm="linf", eps=0.1, num_queries=100, p_init=0.8, rescale_schedule=False)
+
+    def right(x):
+        return jnp.stack([jnp.mean(jnp.sin(9 * x), (1, 2, 3)) + 9, jnp.zeros(len(x))], 1)
+
+    one, other = (
+        jax.jit(lambda s=s: run(s, num_slots=4)(KEY, right, IMAGE[:4], np.zeros(4, int), np.ones(4, bool)))()
+        for s in (ours, theirs)
+    )
+    np.testing.assert_array_equal(one.image, other.image)
+
+
+def test_members_climb_their_objectives():
+    logits, label = jnp.asarray([2.0, 1.0, 0.5, -1.0]), jnp.int32(0)
+    names = {"apgd_ce": "cross_entropy", "apgd_dlr": "dlr", "apgd_t": "targeted_dlr"}
+    found = {member.name: member.search for member in set_of("plus", num_classes=4).members if member.name in names}
+    assert found.keys() == names.keys()
+    for name, search in found.items():
+        state = search.start(KEY, jnp.full(SHAPE, 0.5), logits, label, jnp.int32(0))
+        expected = objectives.OBJECTIVES[names[name]].value(logits, label, jnp.int32(1))
+        np.testing.assert_allclose(search.objective(logits, label, state), expected, rtol=1e-6)

@@ -112,3 +112,10 @@ def test_l1_draws_are_uniform_in_the_ball():
     volume = np.abs(delta).sum(1) ** 12
     assert abs(volume.mean() - 0.5) < 5 / np.sqrt(12 * 2000)
     assert abs(volume.var() - 1 / 12) < 0.01
+
+
+def test_the_tolerance_is_one_of_rounding():
+    image = jnp.full((2, 2, 1), 0.9)
+    for norm, size in (("linf", 0.1), ("l2", 0.2), ("l1", 0.4)):
+        assert not balls.inside(norm, (1 - 1e-4) * size, image, image - 0.1)
+        assert balls.inside(norm, (1 + 1e-4) * size, image, image - 0.1)

@@ -288,3 +288,14 @@ def test_restarts_that_would_be_equal_are_refused():
         attack_of("linf", num_restarts=2, random_start=False)
     with pytest.raises(ValueError, match="num_restarts"):
         attack_of("linf", num_restarts=2, keep_best=False)
+
+
+def test_a_point_whose_logits_are_nan_is_not_the_best():
+    def logits_fn(x):
+        value = x[:, 0, 0, 0]
+        return jnp.stack([2 - value, jnp.where(value > 0.5, jnp.nan, value)], 1)
+
+    image = jnp.full((2, 2, 2, 1), 0.5)
+    attack = pgd(norm="linf", eps=0.1, step_size=0.05, num_steps=3, random_start=False)
+    found = jax.jit(lambda: attack(jax.random.key(0), logits_fn, image, jnp.zeros(2, int)))()
+    np.testing.assert_array_equal(found, image)

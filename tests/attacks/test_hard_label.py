@@ -168,3 +168,9 @@ def test_driver_counts_successes_inside_the_ball_only():
 def test_a_bad_setting_is_named(setting, bad):
     with pytest.raises(ValueError, match=f"^{setting} is "):
         rays(**{"eps": 0.1, "num_queries": 10, "tolerance": 1e-3, setting: bad})
+
+
+def test_it_ends_when_each_single_sign_has_failed_once():
+    """24 values: 1 + 2 + 4 + 8 + 12 larger blocks, then every value by itself."""
+    _, _, ended = path(2, images(1)[0], 0, never, 80)
+    assert np.flatnonzero(ended)[0] == 27 + 24 - 1

@@ -138,3 +138,21 @@ def test_the_last_stage_has_a_step_however_few_there_are(num_steps, stages):
     scale = _plan(num_steps).scale
     assert [int(np.sum(scale == s)) for s in (3, 2, 1)] == [n + 1 if n else 0 for n in stages]
     assert search_of(num_steps=num_steps).num_queries == len(scale)
+
+
+def test_a_nan_at_the_start_is_not_the_best_for_ever():
+    search = auto_pgd(norm="l1", eps=0.4, num_steps=12, random_start=False, objective="cross_entropy")
+    image = jnp.full((5, 4, 1), 0.5)
+    state = search.start(jax.random.key(0), image, jnp.zeros(4), jnp.int32(0), jnp.int32(0))
+    for value in (jnp.nan, 1.0):
+        state = search.learn(state, Answer(jnp.zeros(4), jnp.float32(value), jnp.ones(image.shape)))
+    assert state.best_value == 1.0
+
+
+def test_restarts_attack_each_target_as_often():
+    search = auto_pgd(
+        norm="l1", eps=0.4, num_steps=12, random_start=True, objective="targeted_margin", num_restarts=2, num_targets=2
+    )
+    logits, image = jnp.asarray([2.0, 1.0, 0.5, -1.0]), jnp.full((5, 4, 1), 0.5)
+    tries = [search.start(jax.random.key(0), image, logits, jnp.int32(1), jnp.int32(i)) for i in range(4)]
+    assert [int(state.target) for state in tries] == [0, 0, 2, 2]

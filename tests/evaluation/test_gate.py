@@ -257,3 +257,90 @@ def test_a_weak_attack_is_flagged_by_its_comparison_alone(name):
 def test_a_radius_that_is_never_reached_is_flagged():
     checks = gate(linear, LINE, NEAR, dict.fromkeys(PROBE, pushed(length=0.3)), KEY, 64, norm="linf", eps=EPS)
     assert failed({check["check"]: check for check in checks}) == {"the_radius_is_used_up"}
+
+
+def linear_gate(probes, apply=linear, image=NEAR.image, batch_size=SIZE, **settings):
+    checks = gate(
+        apply, LINE, NEAR._replace(image=image), probes, KEY, batch_size, **{"norm": "linf", "eps": EPS, **settings}
+    )
+    return {check["check"]: check for check in checks}
+
+
+@pytest.mark.parametrize("name", ["auto_pgd", "square", "noise", "transfer"])
+def test_an_attack_that_breaks_what_others_leave_is_flagged_though_it_breaks_less(name):
+    def one_sided(eps):
+        perfect = PERFECT(eps)
+        return lambda key, model, image, label, todo: perfect(key, model, image, label, todo & (label == 1))
+
+    probes, extra = dict.fromkeys(PROBE, pushed()), {}
+    (extra if name == "transfer" else probes)[name] = one_sided
+    assert failed(linear_gate(probes, extra=extra)) == {f"{name}_finds_no_more"}
+
+
+def test_half_the_radius_that_finds_more_is_flagged():
+    probes = dict.fromkeys(PROBE, pushed(idle=(0.9 * EPS, 1.1 * EPS)))
+    assert failed(linear_gate(probes)) == {"success_rises_with_eps"}
+
+
+def test_the_radius_that_counts_is_that_of_pgd():
+    probes = {**dict.fromkeys(PROBE, pushed(length=0.3)), "fgsm": pushed(0.1)}
+    assert failed(linear_gate(probes)) == {"the_radius_is_used_up"}
+
+
+def test_in_l2_every_image_is_within_the_root_of_its_size():
+    probes = dict.fromkeys(PROBE, pushed(length=1 / 8))
+    assert failed(linear_gate(probes, norm="l2", eps=8 * EPS)) == set()
+
+
+def test_answers_that_change_are_flagged():
+    calls = []
+
+    def count():
+        calls.append(0)
+        return np.float32(len(calls))
+
+    def drifting(params, x):
+        shift = jax.pure_callback(count, jax.ShapeDtypeStruct((), jnp.float32))
+        return linear(params, x) + 1e-2 * shift * jnp.asarray([0.0, 1.0])
+
+    assert "deterministic" in failed(linear_gate(None, drifting))
+
+
+@pytest.mark.parametrize("value", [jnp.nan, jnp.inf])
+def test_one_logit_that_is_not_finite_is_flagged_by_its_own_check(value):
+    def holed(params, x):
+        logits = linear(params, x)
+        return logits.at[:, 0].set(jnp.where(x[:, 0, 0, 0] > 0.59, value, logits[:, 0]))
+
+    checks = linear_gate(None, holed)
+    share = float(np.mean(NEAR.image[:, 0, 0, 0] > 0.59))
+    assert (checks["outputs_are_finite"]["figure"], checks["deterministic"]["figure"]) == (share, 0.0)
+    assert 0 < share < 1
+    assert {"outputs_are_finite"} <= failed(checks) and "deterministic" not in failed(checks)
+    nothing = linear_gate(None, lambda params, x: linear(params, x) * value)
+    assert nothing["outputs_are_finite"]["outcome"] == "failed"
+
+
+def test_gradients_are_asked_for_in_every_batch():
+    def dead_in_the_dark(params, x):
+        return linear(params, x) * (jnp.mean(x, (1, 2, 3)) > 0.3)[:, None]
+
+    image = np.concatenate([NEAR.image[:32], np.full((32, 8, 8, 1), 0.1, np.float32)])
+    checks = linear_gate(None, dead_in_the_dark, image=image, batch_size=32)
+    assert checks["no_gradient_is_zero"]["figure"] == 0.5
+
+
+def test_differences_are_taken_on_a_step_of_the_norm():
+    """Ripples that are fine in "linf", where the step is longer by the root of the number of pixels."""
+
+    def rippled(params, x):
+        score = jnp.sin((x.reshape(len(x), -1) - 0.5) @ SIGNS / 8 / 0.02)
+        return jnp.stack([-score, score], 1)
+
+    found = {norm: linear_gate(None, rippled, norm=norm)["gradient_predicts_differences"] for norm in ("linf", "l2")}
+    assert {norm: check["outcome"] for norm, check in found.items()} == {"linf": "failed", "l2": "passed"}
+
+
+def test_a_twin_that_is_never_right_says_nothing():
+    checks = linear_gate(dict.fromkeys(PROBE, pushed()), undefended=(-SIGNS, 0.0))
+    assert checks["undefended_twin_falls"]["outcome"] == "not applicable"

@@ -79,3 +79,10 @@ def test_a_bad_setting_is_named(setting):
         GAP(robust, (), data(), KEY, **setting)
     with pytest.raises(ValueError, match=r"^the number of examples is 0"):
         GAP(robust, (), data(IMAGE[:0]), KEY)
+
+
+def test_a_mistake_that_an_attack_turns_into_a_hit_counts_for_neither():
+    wrong = Dataset(IMAGE, (IMAGE[:, 0, 0, 0] > 0.24).astype(np.int32), 2)  # class 0 there: none is right
+    helps, stays = (lambda key, f, image, label: image * 0), (lambda key, f, image, label: image)
+    for pair in ({"one_step": helps, "many_steps": stays}, {"one_step": stays, "many_steps": helps}):
+        assert GAP(weak, (), wrong, KEY, **pair) == (0.0, 0.0, 0.0, False)

@@ -193,18 +193,50 @@ def test_attacks_that_are_weaker_than_they_should_be_are_noticed():
     assert failed(Threat("pgd", "linf", (0.02, 0.2), 8, 1, shrinking)) == {"success_rises_with_eps"}
 
 
+def failed_by(*threats):
+    result = evaluate(linear, WEIGHT, DATASET, threats, KEY, 40, cascade=False)
+    return {name for name, found in outcome(result).items() if found == "failed"}
+
+
+def test_distances_are_those_of_the_norm_and_the_box_has_two_ends():
+    def moved(norm, eps, sample):
+        return failed_by(Threat("x", norm, (eps,), 1, 1, by_hand(sample)))
+
+    assert moved("linf", 0.5, lambda key, image, eps: image + 0.4) == {"samples_inside_ball"}
+    assert moved("linf", 0.5, lambda key, image, eps: image - 0.4) == {"samples_inside_ball"}
+    assert moved("l2", 0.05, lambda key, image, eps: image + eps / 6**0.5) == set()
+    assert moved("l2", 0.05, lambda key, image, eps: image + eps) == {"samples_inside_ball"}
+
+
+def test_attacks_of_another_norm_radius_or_number_of_steps_are_not_compared():
+    def one_step(eps):
+        search = attacks.momentum_pgd(
+            norm="linf", eps=eps, step_size=eps, num_steps=1, momentum=0.0, random_start=False
+        )
+        return attacks.run(search, num_slots=16)
+
+    fgsm = Threat("fgsm", "linf", (0.05,), 1, 1, one_step)
+    assert failed_by(fgsm, Threat("pgd", "l2", (0.05,), 30, 1, PGD_L2)) == set()
+    assert failed_by(fgsm, Threat("pgd", "linf", (0.02,), 8, 1, PGD)) == set()
+    weak = Threat("pgd", "linf", (0.06,), 1, 1, NOTHING)
+    assert failed_by(Threat("pgd", "linf", (0.05,), 8, 1, PGD), weak) == set()
+
+
 @pytest.mark.parametrize(
-    "threats",
+    ("threats", "message"),
     [
-        (),
-        (THREATS[0], THREATS[0]),
-        (THREATS[0]._replace(eps=(-0.1,)),),
-        (THREATS[0]._replace(eps=(0.031,)), THREATS[0]._replace(family="idle", eps=(8 / 255,))),
+        ((), r"threats is \[\]"),
+        ((THREATS[0], THREATS[0]), "threats is"),
+        ((THREATS[0]._replace(eps=(-0.1,)),), "eps of pgd8_linf_-0.1 is"),
+        ((THREATS[0]._replace(eps=(0.031,)), THREATS[0]._replace(family="idle", eps=(8 / 255,))), "eps is"),
+        ((Threat("worst", "linf", (0.05,), 1, 1, NOTHING), THREATS[0]), "threats is"),
+        ((THREATS[0], THREATS[0]._replace(family="idle", eps=(0.02,))), "eps of the linf threats is"),
     ],
 )
-def test_bad_threats_are_refused(threats):
-    with pytest.raises(ValueError):
-        evaluate(linear, WEIGHT, DATASET, threats, KEY, 40, cascade=False)
+def test_bad_threats_are_refused(threats, message):
+    """The last: what withstands a cascade's first threat at a large radius, its second would not be asked about."""
+    with pytest.raises(ValueError, match=f"^{message}[^\\n]*$"):
+        evaluate(linear, WEIGHT, DATASET, threats, KEY, 40, cascade=True)
 
 
 @pytest.mark.parametrize(
@@ -216,6 +248,11 @@ def test_bad_threats_are_refused(threats):
         ({"label": LABEL + 1}, linear, "label is"),
         ({"label": LABEL - 1}, linear, "label is"),
         ({}, lambda p, x: linear(p, x) * jnp.nan, "the number of images whose logits are NaN or inf is 40"),
+        (
+            {},
+            lambda p, x: linear(p, x) + jnp.array([0, jnp.inf]),
+            "the number of images whose logits are NaN or inf is",
+        ),
         ({}, lambda p, x: jax.nn.softmax(linear(p, x)), "the share of outputs that are probabilities is"),
     ],
 )

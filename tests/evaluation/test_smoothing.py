@@ -204,3 +204,17 @@ def test_bad_arguments_of_certified_accuracy_are_named(label, radius, confidence
     found = Certificates(np.array([0]), np.array([0.3]), 0.001)
     with pytest.raises(ValueError, match=r"^.+ is .+: must be "):
         certified_accuracy(found, label, radius, confidence=confidence)
+
+
+def test_a_draw_with_one_nan_logit_votes_for_nothing():
+    def half_nan(params, x):
+        return linear(params, x).at[:, 1].add(jnp.where(x[:, 0, 0, 0] > 0.9, jnp.nan, 0))
+
+    image = np.full((1, 2, 1, 1), 0.5, np.float32)
+    whole, lost = (counts_of(image, num_estimation=400, apply=f)[0, 1] for f in (linear, half_nan))
+    assert 0 < lost.sum() < 400 and (lost <= whole).all()
+
+
+def test_a_probability_that_would_be_rounded_away_is_refused():
+    with pytest.raises(ValueError, match=r"^failure_probability is 1e-17: must be in \[1e-9, 1\)$"):
+        certificates(np.array([[[9, 1], [5, 0]]]), 5, stddev=0.5, failure_probability=1e-17)
