@@ -54,7 +54,7 @@ def stacks(draw):
     return KernelGradients(geometry, *(jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes))
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(gradients=stacks())
 def test_norms_and_weighted_sum_equal_those_of_the_written_gradients(gradients):
     exact = written(gradients)
