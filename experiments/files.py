@@ -1,6 +1,7 @@
-"""Files that are there whole or not at all, and folders that one process has to itself."""
+"""Files that are there whole or not at all, what tells them apart, and folders that one process has to itself."""
 
 import contextlib
+import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,11 @@ def write_text(path: Path, text: str) -> None:
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
+
+
+def digest(path: Path) -> str:
+    """The first 12 hexadecimal digits of the SHA-256 of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
 
 
 @contextlib.contextmanager

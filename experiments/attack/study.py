@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +19,7 @@ from experiments.combinations.settings import COMBINATIONS, Study
 from experiments.combinations.study import config_of, report
 from experiments.combinations.training import BATCH_SIZE
 from experiments.display import Show
+from experiments.files import digest
 from fedrobust import check, compression, data, evaluation, keys, reporting
 from fedrobust.types import Dataset
 
@@ -39,11 +39,6 @@ class Case(NamedTuple):
         """As its file is called."""
         return self.path.stem
 
-    @property
-    def digest(self) -> str:
-        """The first 12 digits of the SHA-256 of its file."""
-        return hashlib.sha256(self.path.read_bytes()).hexdigest()[:12]
-
 
 def run(attacking: Attacking, console: Console) -> Path:
     """Attacks the models that were not yet, then writes tables and figures.
@@ -55,7 +50,7 @@ def run(attacking: Attacking, console: Console) -> Path:
     Returns:
         The folder that holds `rows.jsonl` and what `combinations` makes of it. A row is the study's, with what was
         measured now in place of `robust` and `checks`, and `attacked_with`: the versions and the device of it, and
-        `file`, the first 12 digits of the SHA-256 of the model's file.
+        `file`, the digest of the model's.
 
     Raises:
         ValueError: bad settings or data, damaged models, or a folder that holds rows of another configuration or of
@@ -68,7 +63,7 @@ def run(attacking: Attacking, console: Console) -> Path:
     study = dataclasses.replace(study_of(cases[0].row["config"]), attack=attacking.attack, data_dir=attacking.data_dir)
     config = config_of(study)
     grid.require_same(out, config)
-    digests = {case.name: case.digest for case in cases}
+    digests = {case.name: digest(case.path) for case in cases}
     for row in reporting.read(out / "rows.jsonl"):
         name, file = name_of_row(row), row.get("attacked_with", {}).get("file")
         same = digests.get(name, file) == file
@@ -149,7 +144,7 @@ def attack(study: Study, config: dict[str, Any], case: Case, test: Dataset, prog
         "clean": clean._asdict(),
         "robust": robust,
         "checks": checks,
-        "attacked_with": {**provenance(), "file": case.digest},
+        "attacked_with": {**provenance(), "file": digest(case.path)},
     }
 
 

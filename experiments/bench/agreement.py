@@ -12,7 +12,6 @@ Command, with `pip install -e ".[attacks]"`: python -m experiments.bench.agreeme
 """
 
 import functools
-import hashlib
 import sys
 import warnings
 from collections import defaultdict
@@ -31,6 +30,7 @@ from experiments.bench import torch_sides
 from experiments.combinations.federation import build_model
 from experiments.combinations.presets import preset
 from experiments.display import Show
+from experiments.files import digest
 from fedrobust import attacks, check, compression, data, keys, reporting
 from fedrobust.types import Dataset
 
@@ -155,7 +155,7 @@ def table(rows: Sequence[grid.Row]) -> reporting.Table:
 
 def _digest(path: Path) -> str:
     check.require(path.is_file(), "models", str(path), "a file that exists")
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+    return digest(path)
 
 
 def _case(path: Path, test: Dataset) -> Case:
