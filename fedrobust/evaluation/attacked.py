@@ -115,6 +115,6 @@ def require_attackable(dataset: Dataset, logits: np.ndarray) -> None:
 
 def probability_share(logits: np.ndarray) -> float:
     """The share of rows in [0, 1] that sum to 1: a softmax before the loss flattens its gradients."""
-    inside: np.ndarray = ((logits >= 0) & (logits <= 1)).all(axis=1)
-    total = np.where(inside[:, None], logits, 0).sum(axis=1)
-    return float(np.mean(inside & (np.abs(total - 1) < 1e-3)))
+    inside = np.all((logits >= 0) & (logits <= 1), axis=1, keepdims=True)
+    total = np.where(inside, logits, 0).sum(axis=1)
+    return float(np.mean(inside[:, 0] & (np.abs(total - 1) < 1e-3)))
