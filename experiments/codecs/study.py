@@ -14,10 +14,10 @@ from experiments.combinations.account import Account, charge_label_counts, note_
 from experiments.combinations.federation import Hospitals, build_model, hospitals, make_plan, make_recipe
 from experiments.combinations.provenance import provenance
 from experiments.combinations.study import config_of
-from experiments.combinations.training import BATCH_SIZE, Job, train
+from experiments.combinations.training import Job, train
 from experiments.display import Show
 from experiments.ways import WAYS
-from fedrobust import evaluation, privacy, reporting, trees
+from fedrobust import privacy, reporting, trees
 
 
 def run(codecs: Codecs, console: Console) -> Path:
@@ -98,10 +98,6 @@ def make_row(
     trained = train(job, model, progress("training"))
     full = jax.eval_shape(model.init, jax.random.key(0), splits.val.image[:1])
     uplink, downlink = trained.sent.tolist()
-    figures = {}
-    for title, split in (("val", splits.val), ("clean", splits.test)):
-        logits = evaluation.predict(trained.apply, trained.params, split.image, BATCH_SIZE)
-        figures[title] = evaluation.metrics(logits, split.label)._asdict()
     guarantee = None if account is None or plan is None else dataclasses.asdict(plan) | {"epsilon": spent(account)}
     return {
         "experiment": study.experiment,
@@ -109,11 +105,10 @@ def make_row(
         "seed": seed,
         "config": config,
         "config_hash": reporting.config_hash(config),
-        **figures,
+        **trained.measured(splits),
         "bytes": {"dense": 4 * trees.size(full), "uplink": uplink, "downlink": downlink},
         "privacy": guarantee,
-        "history": dict(zip(("round", "val_loss", "val_accuracy"), trained.history.T.tolist(), strict=True)),
-        "train_seconds": trained.train_seconds,
+        **trained.course(),
         **provenance(),
     }
 

@@ -95,8 +95,7 @@ def make_row(
         "size": _size(model, final, test.image.shape[1:], work),
         "masked_minus_shrunk": trained.shrink_difference,
         "privacy": guarantee,
-        "history": dict(zip(("round", "val_loss", "val_accuracy"), trained.history.T.tolist(), strict=True)),
-        "train_seconds": trained.train_seconds,
+        **trained.course(),
         **provenance(),
     }
     evaluated(1, 1, {})

@@ -25,6 +25,7 @@ from experiments.combinations.federation import (
 from experiments.combinations.settings import AT
 from experiments.display import Progress
 from fedrobust import compression, evaluation, federated, keys, threads, trees
+from fedrobust.data import Splits
 from fedrobust.types import LogitsFn, Model, Params
 
 HISTORY_POINTS = 20
@@ -54,6 +55,20 @@ class Trained(NamedTuple):
     history: np.ndarray
     sent: np.ndarray
     train_seconds: float
+
+    def measured(self, splits: Splits) -> dict[str, dict[str, Any]]:
+        """What a row says of the model as it was trained: its metrics on val, and, as "clean", on test."""
+        found = {}
+        for name, split in (("val", splits.val), ("clean", splits.test)):
+            logits = evaluation.predict(self.apply, self.params, split.image, BATCH_SIZE)
+            found[name] = evaluation.metrics(logits, split.label)._asdict()
+        return found
+
+    def course(self) -> dict[str, Any]:
+        """What a row says of how the training went."""
+        names = ("round", "val_loss", "val_accuracy")
+        history = dict(zip(names, self.history.T.tolist(), strict=True))
+        return {"history": history, "train_seconds": self.train_seconds}
 
 
 class _Saved(NamedTuple):

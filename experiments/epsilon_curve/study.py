@@ -15,10 +15,10 @@ from experiments.combinations.account import charge_label_counts, note_look, ope
 from experiments.combinations.federation import Hospitals, Recipe, build_model, hospitals, make_plan, make_recipe
 from experiments.combinations.provenance import provenance
 from experiments.combinations.study import config_of
-from experiments.combinations.training import BATCH_SIZE, Job, train
+from experiments.combinations.training import Job, train
 from experiments.display import Show
 from experiments.epsilon_curve.settings import Curve, Noise
-from fedrobust import evaluation, privacy, reporting
+from fedrobust import privacy, reporting
 
 _NOT_OF_A_ROW = ("epsilons", "noises", "seeds", "out", "data_dir", "parallel", "checkpoint_every")
 """Settings that say what to run and where, not what a row is: rows of one folder may differ in them."""
@@ -135,10 +135,6 @@ def make_row(
     folder = out / "work" / point.name
     job = Job(recipe, site, point.seed, recipe.num_rounds, False, (), "mean", folder, account)
     trained = train(job, model, progress("training"))
-    figures = {}
-    for name, split in (("val", splits.val), ("clean", splits.test)):
-        logits = evaluation.predict(trained.apply, trained.params, split.image, BATCH_SIZE)
-        figures[name] = evaluation.metrics(logits, split.label)._asdict()
     guarantee = None
     if plan is not None and account is not None:  # what was spent, in the ledger's words
         guarantee = dataclasses.asdict(plan) | {"epsilon": spent(account)}
@@ -148,10 +144,9 @@ def make_row(
         "seed": point.seed,
         "config": config,
         "config_hash": reporting.config_hash(config),
-        **figures,
+        **trained.measured(splits),
         "privacy": guarantee,
-        "history": dict(zip(("round", "val_loss", "val_accuracy"), trained.history.T.tolist(), strict=True)),
-        "train_seconds": trained.train_seconds,
+        **trained.course(),
         **provenance(),
     }
 
