@@ -1,4 +1,4 @@
-"""What the README shows runs as it stands there."""
+"""What the README shows runs as it stands there; the tables of the results are those of their rows."""
 
 import re
 from pathlib import Path
@@ -12,6 +12,7 @@ from fedrobust.types import Dataset, Model
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+RESULTS = (ROOT / "experiments" / "RESULTS.md").read_text()
 ROWS = ROOT / "experiments" / "combinations" / "rows"
 
 
@@ -60,4 +61,4 @@ def test_a_model_gets_smaller_and_its_files_run(tmp_path, monkeypatch):
 @pytest.mark.parametrize("path", sorted(ROWS.glob("*.jsonl")), ids=lambda path: path.stem)
 def test_tables_are_those_of_the_rows(path):
     table = reporting.markdown(reporting.table(reporting.read(path))).split("\n\n")[0]
-    assert table in README
+    assert table in README or table in RESULTS
