@@ -63,14 +63,14 @@ def run() -> list[Comparison]:
 def _sides(folder: Path) -> tuple[dict[str, Side], np.ndarray]:
     """The files, and all images."""
     stored = folder / "model.npz"
-    attack_sides.save(str(stored), NUM_CALIBRATION)
+    attack_sides.save(str(stored), "resnet9", NUM_CALIBRATION)
     with np.load(stored) as arrays:
         params = attack_sides.parameters({name: arrays[name] for name in arrays.files if "/" in name})
         some = arrays["image"]
     splits = data.load("digits")
     image = np.concatenate([split.image for split in splits if hasattr(split, "image")])
     image = np.asarray(jax.image.resize(image, (len(image), 28, 28, 1), "linear"))
-    apply, few = attack_sides.resnet9().apply, compression.quantize(params)
+    apply, few = attack_sides.build("resnet9").apply, compression.quantize(params)
     ranges = compression.calibrate(apply, compression.dequantize(few), some)
     whole, integer = jax.jit(apply), jax.jit(compression.integer_apply(apply, ranges))
     dequantized = compression.dequantize(few)

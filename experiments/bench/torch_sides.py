@@ -73,10 +73,7 @@ def resnet9(width: int = 32) -> Any:
         def forward(self, x: Any) -> Any:
             return x + self.body(x)
 
-    def block(channels: int, features: int) -> nn.Module:
-        convolution = nn.Conv2d(channels, features, 3, padding=1, bias=False)
-        return nn.Sequential(convolution, nn.GroupNorm(8, features, eps=1e-6), nn.ReLU())
-
+    block = _conv_block
     return nn.Sequential(
         block(1, width),
         block(width, 2 * width),
@@ -92,8 +89,35 @@ def resnet9(width: int = 32) -> Any:
     )
 
 
+def small_cnn(width: int = 24) -> Any:
+    """The small CNN of `fedrobust.models`, any image with one channel, two classes, new weights."""
+    from torch import nn
+
+    return nn.Sequential(
+        _conv_block(1, width),
+        nn.MaxPool2d(2),
+        _conv_block(width, 2 * width),
+        nn.MaxPool2d(2),
+        _conv_block(2 * width, 2 * width),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(2 * width, 2),
+    )
+
+
+NETWORKS = {"resnet9": resnet9, "small_cnn": small_cnn}
+"""By the names they have in `fedrobust.models`."""
+
+
+def _conv_block(channels: int, features: int) -> Any:
+    from torch import nn
+
+    convolution = nn.Conv2d(channels, features, 3, padding=1, bias=False)
+    return nn.Sequential(convolution, nn.GroupNorm(8, features, eps=1e-6), nn.ReLU())
+
+
 def set_weights(model: Any, weights: Mapping[str, np.ndarray]) -> None:
-    """Gives a `resnet9` the weights of ours, `"layer/entry" -> array`.
+    """Gives one of the networks the weights of ours, `"layer/entry" -> array`.
 
     Both list their layers in the order in which they run; kernels have their axes turned.
     """

@@ -1,5 +1,7 @@
 """The benchmark of attacks: its names, its sides at small scale, and that models which disagree are not timed."""
 
+import itertools
+
 import numpy as np
 import pytest
 from rich.console import Console
@@ -19,7 +21,28 @@ def test_rows_are_those_that_are_asked_for():
         "pgd40_over_art",
         "apgd100_over_torchattacks",
         "pgd40_compacted_over_plain",
+        "small_cnn_pgd40_over_torchattacks",
+        "small_cnn_pgd40_over_foolbox_torch",
+        "small_cnn_pgd40_over_foolbox_jax",
+        "small_cnn_pgd40_over_foolbox_jax_jit",
+        "small_cnn_pgd40_over_art",
     ]
+
+
+def test_a_side_is_its_network_attack_library_and_size():
+    assert attack_sides.parts("small_cnn-pgd40_foolboxjax_512") == ("small_cnn", "pgd40", "foolboxjax", 512)
+    steps = [
+        attack_sides.num_steps(*case) for case in itertools.product(("resnet9", "small_cnn"), ("pgd40",), (64, 512))
+    ]
+    assert steps == [40, 8, 40, 40]
+    assert attack_sides.num_steps("resnet9", "weak40", 512) == 40
+
+
+def test_a_network_that_has_learnt_nothing_is_not_timed(tmp_path, monkeypatch):
+    monkeypatch.setattr(attack_sides, "NUM_TRAINING_STEPS", 0)
+    with pytest.raises(RuntimeError, match=r"small_cnn is right on \d+\.\d% of its training images: 95% are wanted"):
+        attack_sides.save(str(tmp_path / "model.npz"), "small_cnn", 64)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_speed_has_a_smallest_accepted_ratio():
