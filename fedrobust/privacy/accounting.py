@@ -97,15 +97,18 @@ def total_epsilon(releases: Releases, *, relation: str, delta: float, accountant
         Epsilon >= 0; inf where delta is used up.
 
     Raises:
-        ValueError: an event that the accountant does not know for this relation.
+        ValueError: an argument out of its range, or an event that the accountant does not know for this relation.
 
     Source: Google dp-accounting, privacy loss distributions (Koskela et al. 2020, arXiv 1906.03049; Doroshenko et al.
         2022, arXiv 2207.04380); Renyi (Mironov 2017, arXiv 1702.07476; without replacement: Wang, Balle,
         Kasiviswanathan 2019, arXiv 1808.00087, theorem 27).
     """
+    check.fraction("delta", delta, zero=False, one=False)
     counts: Counter[Event] = Counter()
     kept: list[tuple[Event, int]] = []
     for event, count in releases:
+        check_event(event)
+        check.require(count >= 0, "count", count, ">= 0")
         if event.sampling == "shuffle":
             kept.append((event, count))  # runs apart: together they would seem to share an epoch
         else:

@@ -106,8 +106,12 @@ def joint_multiplier(noise_multiplier: float, count_noise_stddev: float, relatio
         count_noise_stddev: > 0 in units, or 0 where no count is released.
         relation: one of `RELATIONS`.
 
+    Raises:
+        ValueError: an unknown relation.
+
     Source: Andrew et al. 2021 (arXiv 1905.03871), theorem 1.
     """
+    check.one_of("relation", relation, RELATIONS)
     if count_noise_stddev == 0:
         return noise_multiplier
     return (noise_multiplier**-2 + _count_share(count_noise_stddev, relation)) ** -0.5
