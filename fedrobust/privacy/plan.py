@@ -39,8 +39,8 @@ class Plan:
             1 / histogram_epsilon; 0 where none are released.
         epsilon: what all of this costs together, at `delta`.
         delta: in (0, 1), the truncation of overfull batches included.
-        num_units: the public number of units to sample from, the largest silo's where several share the plan; None
-            where the plan makes no sampler.
+        num_units: the public number of units to sample from. Where several silos share the plan, the largest silo's;
+            for "shuffle" the smallest's, whose epochs end first. None where the plan makes no sampler.
         count_noise_stddev: noise, in units, on the count of unclipped units that is released with every sum for
             adaptive clipping; 0 where none is.
         truncation_probability: of one step, that a Poisson draw exceeds its capacity; paid out of delta.

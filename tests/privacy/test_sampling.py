@@ -19,10 +19,12 @@ GIVEN = {"unit": "record", "noise_multiplier": 3.0, "delta": 1e-4, "num_steps": 
 
 
 def drawn(sampler, num, times, seed=0):
-    """[times, num] bool: who entered."""
+    """[times, num] bool: who entered, each once and in order."""
     rng, included = np.random.default_rng(seed), np.zeros((times, num), bool)
     for row in included:
-        row[sampler.draw(rng, num)] = True
+        places = sampler.draw(rng, num)
+        assert (places[1:] > places[:-1]).all()
+        row[places] = True
     return included
 
 
@@ -132,6 +134,19 @@ def test_shuffled_epochs_let_a_record_in_as_often_as_the_plan_counts():
     everyone = {"relation": "zero_out", "sampling": "poisson", "sampling_rate": 1.0, "num_steps": 3}
     plain = make_plan(**GIVEN | everyone)
     assert plan.epsilon == pytest.approx(plain.epsilon, rel=1e-3)
+
+
+def test_epochs_are_counted_for_the_smallest_silo_that_shares_the_plan():
+    """Batches of 4: the smaller silo ends an epoch every two steps, the larger one every five."""
+    plan = make_plan(relation="zero_out", sampling="shuffle", batch_size=4, num_units=6, **GIVEN)
+    dataset = Dataset(np.arange(26, dtype=np.float32).reshape(26, 1, 1, 1), np.zeros(26, np.int32), 2)
+    settings = data.CohortSettings(1, "all", "shuffle", batch_size=4)
+    cohorts = data.make_cohorts(dataset, [np.arange(20), np.arange(20, 26)], settings, seed=0)
+    batches = [cohorts(step).batch for step in range(4)]
+    times = sum(np.bincount(batch.image[batch.mask].astype(int).ravel(), minlength=26) for batch in batches)
+    assert (times[:20].max(), times[20:].max()) == (1, 2)
+    everyone = {"relation": "zero_out", "sampling": "poisson", "sampling_rate": 1.0, "num_steps": 2}
+    assert plan.epsilon == pytest.approx(make_plan(**GIVEN | everyone).epsilon, rel=1e-3)
 
 
 def test_a_hundred_poisson_batches_of_all_sizes_take_one_program(caplog):
