@@ -237,10 +237,12 @@ def _not_yet_charged(book: _Book, entry: Entry) -> Entry | None:
     high = end if own else max((other.first_step + other.num_steps for other in same), default=0)
     name = f"first_step of {entry.mechanism!r} of run {entry.run!r} in scope {entry.scope!r}"
     check.require(low <= entry.first_step <= high, name, entry.first_step, f"in [{low}, {high}] after what was charged")
+    last = entry.first_step + entry.num_steps - 1
     for other in own:
-        if other.first_step + other.num_steps > entry.first_step and other.event != entry.event:
+        meets = other.first_step <= last and other.first_step + other.num_steps > entry.first_step
+        if meets and other.event != entry.event:
             raise ValueError(f"event of {entry.mechanism!r} of run {entry.run!r} is {entry.event}: was {other.event}")
-    left = entry.first_step + entry.num_steps - end
+    left = last + 1 - end
     return entry._replace(first_step=end, num_steps=left) if left > 0 else None
 
 

@@ -113,6 +113,12 @@ def test_steps_cannot_be_charged_again_on_better_terms(path):
         charge(path, AMPLE, [entry(2, 4, event=dear)])
     charge(path, AMPLE, [entry(4, 2, event=dear)])  # later steps may be others
     assert spent(path, "silo 0", DELTA) == epsilon((STEP, 4), (dear, 2))
+    for first, num, event in ((0, 4, STEP), (3, 1, STEP), (4, 2, dear)):  # done again after a restart
+        charge(path, AMPLE, [entry(first, num, event=event)])
+    for first, num, event in ((3, 2, STEP), (3, 2, dear), (4, 1, STEP)):
+        with pytest.raises(ValueError, match=r"^event of 'gradient' of run 'run a' is "):
+            charge(path, AMPLE, [entry(first, num, event=event)])
+    assert spent(path, "silo 0", DELTA) == epsilon((STEP, 4), (dear, 2))
     with pytest.raises(ValueError, match=r"^relation of scope 'silo 0' is 'zero_out'"):
         charge(path, AMPLE, [entry(relation="zero_out", run="run c")])
 
