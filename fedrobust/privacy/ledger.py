@@ -184,8 +184,8 @@ def _epsilon(entries: Sequence[Entry], delta: float, grid: float = accounting.GR
     for entry in entries:
         if entry.event is not None:
             place = _key(entry), entry.event  # each run apart: two runs of shuffled epochs do not share one
-            if entry.event.sampling == "shuffle" and place not in steps:
-                steps[place] = entry.first_step  # counted from where its epochs begin
+            if entry.event.sampling == "shuffle":
+                steps[place] = entry.first_step  # all since its epochs began: where others came between, one may end
             steps[place] += entry.num_steps
     if not steps:
         return 0.0
