@@ -44,7 +44,6 @@ def update(path: Path | str, new: Callable[[list[Any]], Sequence[Mapping[str, An
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    existed = path.exists()
     with path.open("a+b") as file, _locked(file):
         file.seek(0)
         content = file.read()
@@ -57,8 +56,7 @@ def update(path: Path | str, new: Callable[[list[Any]], Sequence[Mapping[str, An
         file.write(lines.encode())
         file.flush()
         os.fsync(file.fileno())
-    if not existed:
-        _sync_folder(path.parent)
+    _sync_folder(path.parent)  # every time: who made the file may have added nothing, or been killed before this line
 
 
 def read(path: Path | str) -> list[Any]:

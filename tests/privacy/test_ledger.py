@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -197,6 +198,25 @@ def test_a_torn_line_was_never_a_charge(path):
     charge(path, AMPLE, [entry(3, 2)])
     assert path.read_bytes().startswith(whole)
     assert spent(path, "silo 0", DELTA) == epsilon((STEP, 5))
+
+
+def test_a_charge_returns_when_file_and_folder_are_on_disk(path, monkeypatch):
+    """Also where the file was made by a charge that was refused, or that was killed before it came to the folder."""
+    synced, fsync = {}, os.fsync
+
+    def watched(descriptor):
+        found = os.fstat(descriptor)
+        synced[found.st_ino] = found.st_size
+        fsync(descriptor)
+
+    monkeypatch.setattr("os.fsync", watched)
+    with pytest.raises(ValueError, match=r"would spend"):
+        charge(path, Budget(1e-3, DELTA), [entry(0, 1)])
+    for step in range(2):
+        synced.clear()
+        charge(path, AMPLE, [entry(step, 1)])
+        assert synced[path.stat().st_ino] == path.stat().st_size > 0
+        assert path.parent.stat().st_ino in synced
 
 
 def damaged(**changes):
