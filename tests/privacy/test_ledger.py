@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedrobust.privacy import Event, ledger, total_epsilon
+from fedrobust.privacy.accounting import accountant_for
 from fedrobust.privacy.ledger import Budget, Entry, charge, federation_spent, read, spent, summary, to_text
 
 DELTA = 1e-4
@@ -52,7 +53,8 @@ def test_over_disjoint_silos_the_largest_counts(path):
     assert federation_spent(path, ["silo 0", "silo 2"], DELTA) == epsilon((STEP, 5))
     client = Entry("federation", "client", "add_or_remove_one", "update", "run a", 0, 3, STEP)
     charge(path, AMPLE, [client])
-    for scopes in (["silo 0", "federation"], ["federation"], []):
+    charge(path, AMPLE, [entry(scope="silo 3", relation="zero_out")])
+    for scopes in (["silo 0", "federation"], ["federation"], ["silo 0", "silo 3"], []):
         with pytest.raises(ValueError, match=r"^scopes is "):
             federation_spent(path, scopes, DELTA)
 
@@ -80,6 +82,8 @@ def test_a_charge_beyond_the_budget_is_refused_before_it_is_written(path):
     with pytest.raises(ValueError, match=r"^scope 'silo 0'"):  # all or none
         charge(path, budget, [entry(scope="silo 1"), entry(6, 2)])
     assert path.read_bytes() == before
+    with pytest.raises(ValueError, match=r"^scope 'silo 0'"):  # by however little
+        charge(path, Budget(epsilon((STEP, 7)) * 0.9999, DELTA), [entry(6, 1)])
     charge(path, budget, [entry(6, 1)])
     assert spent(path, "silo 0", DELTA) <= budget.epsilon
 
@@ -136,10 +140,18 @@ def test_a_look_without_privacy_is_on_record_and_in_no_sum(path):
     assert [json.loads(line)["private"] for line in path.read_text().splitlines()] == [True, False]
 
 
-def test_batches_of_a_fixed_size_are_composed_by_renyi_divergences(path):
+def test_a_look_without_privacy_needs_no_budget(path):
+    charge(path, AMPLE, [entry(num=2)])
+    used_up = Budget(0.5 * epsilon((STEP, 2)), DELTA)
+    charge(path, used_up, [entry(mechanism="tuning", event=None)])
+    assert summary(path, DELTA)[0].looks == (("tuning", 1),)
+
+
+def test_batches_of_a_fixed_size_and_all_beside_them_are_composed_by_renyi_divergences(path):
     fixed = Event("gaussian", 4.0, "fixed_size", 0.1)
     charge(path, AMPLE, [entry(num=3, event=fixed, relation="replace_one")])
     assert spent(path, "silo 0", DELTA) == epsilon((fixed, 3), relation="replace_one", accountant="rdp")
+    assert accountant_for([fixed, COUNTS]) == "rdp" != accountant_for([STEP, COUNTS])
 
 
 def test_two_runs_of_shuffled_epochs_do_not_share_one(path):
