@@ -34,7 +34,7 @@ class SecureSum:
             sqrt(K) times that.
         num_clients: K >= 1 clients in every sum. The privacy rests on all of their shares: where up to h of them may
             drop out or leave out their noise, ask for that of the same settings with K - h.
-        num_bits: in [1, 63]; the sum is known modulo 2^num_bits.
+        num_bits: in [1, 62]; the sum is known modulo 2^num_bits.
 
     Raises:
         ValueError: a setting out of range, or so fine a grid that squared norms leave 64 bits.
@@ -55,7 +55,8 @@ class SecureSum:
         least = self.step / 2
         check.require(least <= self.share_stddev < math.inf, "share_stddev", self.share_stddev, f">= step / 2 {least}")
         check.at_least("num_clients", self.num_clients, 1)
-        check.require(self.num_bits in range(1, 64), "num_bits", self.num_bits, "in [1, 63]")
+        check.at_least("num_bits", self.num_bits, 1)
+        check.require(self.num_bits <= 62, "num_bits", self.num_bits, "<= 62")  # 2^63 is no integer of 64 bits
         fine = self.squared_sensitivity < 2**59 and self.share_variance <= 2**60
         check.require(fine, "step", self.step, "wide enough for integers of 64 bits")
 

@@ -4,6 +4,7 @@ Seeds are fixed. A chi-square test fails for one seed in 1e6 where the sampler i
 standard errors, one seed in 5e8.
 """
 
+import decimal
 import math
 from dataclasses import replace
 from fractions import Fraction
@@ -114,6 +115,25 @@ def test_a_tie_in_the_first_64_bits_is_broken_by_further_ones():
     assert len(ties) == 1
 
 
+def test_words_next_to_a_probability_are_told_apart_where_floats_are_not():
+    """Its float64 is the same for all of these words, which lie within 2^4 of exp(-0.7) 2^64."""
+    with decimal.localcontext(decimal.Context(prec=60)):
+        boundary = math.floor(Fraction((-decimal.Decimal(7) / 10).exp()) * 2**64)
+    offset = np.array([-16, -3, -1, 1, 3, 16])
+    near = np.array([boundary + int(x) for x in offset], np.uint64)
+    gamma = np.full(6, 0.7)
+    below = discrete._below_exp(lambda size: near[:size], gamma, gamma, lambda i: Fraction(7, 10))
+    assert below.tolist() == (offset < 0).tolist()
+    assert len(set(near.astype(np.float64))) == 1
+
+
+def test_words_that_would_favour_small_residues_are_thrown_away():
+    """Residues of 3 come equally often among the 2^63 - 2 words below 2^63 - 2; none of these has a sign or a head."""
+    for word, num_left in ((2**63 - 4, 5), (2**63 - 1, 0)):  # both leave 1, which is accepted
+        drawn = discrete._accepted(lambda size, w=word: np.full(size, w, np.uint64), 5, Fraction(4), 3)
+        assert drawn.tolist() == [1] * num_left
+
+
 def test_system_entropy_never_repeats():
     assert (discrete_gaussian(system_words, 50, variance=Fraction(2**40))
             != discrete_gaussian(system_words, 50, variance=Fraction(2**40))).all()  # fmt: skip
@@ -208,8 +228,28 @@ def test_codes_are_residues_and_wrapping_is_no_likelier_than_its_bound():
     # by hand, one client: room = 2^6 - (0 + ...) for c = 10: 64 - 11 = 53; 2 * exp(-53^2 / (2 * 100))
     one = SecureSum(clip_norm=10.0, dimension=1, step=1.0, share_stddev=10.0, num_clients=1, num_bits=7)
     assert one.wrap_probability == pytest.approx(2 * math.exp(-(53**2) / 200))
+    # three coordinates, two clients: room = 64 - 2 * 11 = 42
+    more = replace(one, dimension=3, num_clients=2)
+    assert more.wrap_probability == pytest.approx(2 * 3 * math.exp(-(42**2) / (2 * 2 * 100)))
     far = np.array([encoded_sum(one, [np.array([10.0])], s)[0] < -40 for s in range(2000)])
     assert far.mean() <= one.wrap_probability + 6 * math.sqrt(one.wrap_probability / 2000)
+
+
+def test_residues_are_read_as_the_nearest_to_zero():
+    settings = replace(SETTINGS, dimension=5, num_bits=3, step=0.5, share_stddev=0.5)
+    np.testing.assert_array_equal(decode(settings, np.array([0, 3, 4, 7, 8 + 1])), [0, 1.5, -2, -0.5, 0.5])
+    widest = replace(SETTINGS, num_bits=62)
+    assert np.abs(decode(widest, encode(widest, words(0), np.full(64, -1.0))) + 1 / 8).max() < 1
+
+
+def test_the_loss_of_a_sum_by_hand():
+    """K = 3 shares of s = 1/2 on 64 coordinates, S^2 = 4 + 16 + 2 + 4 = 26; then K = 100 of s = 1 on 4, S^2 = 2."""
+    tau = 10 * (math.exp(-(math.pi**2) / 4) + math.exp(-(math.pi**2) / 3))
+    small = SecureSum(clip_norm=2.0, dimension=64, step=1.0, share_stddev=0.5, num_clients=3, num_bits=20)
+    assert secure_sum_zcdp(small) == pytest.approx((26 / 0.75 + 32 * tau) / 2, rel=1e-12)
+    tau = 10 * sum(math.exp(-2 * math.pi**2 * k / (k + 1)) for k in range(1, 100))
+    many = SecureSum(clip_norm=0.5, dimension=4, step=1.0, share_stddev=1.0, num_clients=100, num_bits=20)
+    assert secure_sum_zcdp(many) == pytest.approx((math.sqrt(0.02) + 2 * tau) ** 2 / 2, rel=1e-12)
 
 
 def log_convolve(a, b):
@@ -263,7 +303,8 @@ def test_epsilon_by_hand_and_more_shares_are_more_private():
         ("share_stddev", np.nan),
         ("num_clients", 0),
         ("num_bits", 0),
-        ("num_bits", 64),
+        ("num_bits", 63),
+        ("num_bits", 3.0),
     ],
 )
 def test_settings_of_a_secure_sum_are_checked(name, value):
