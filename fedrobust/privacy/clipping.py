@@ -82,19 +82,30 @@ def clip(gradient: Params, clip_norm: float | jax.Array) -> tuple[Params, jax.Ar
     """Scales one gradient into the L2 ball of radius `clip_norm`.
 
     Args:
-        gradient: a pytree of float arrays: one example, one vector.
+        gradient: a pytree of float32 arrays, or wider: one example, one vector.
         clip_norm: C > 0.
 
     Returns:
         The clipped pytree, and the norm before the clip, shape (), which is not finite where a leaf was not.
 
+    Raises:
+        ValueError: a leaf of half precision.
+
     Guarantees:
         The result's norm is at most C, rounding included; a gradient that holds NaN or inf, or whose norm
         overflows, becomes exactly 0.
     """
+    _require_precision("gradient", gradient)
     norm = trees.norm(gradient)
     factor = clip_factor(norm, clip_norm)
     return jax.tree.map(lambda g: jnp.where(factor == 0, 0, g * factor.astype(g.dtype)), gradient), norm
+
+
+def _require_precision(name: str, tree: Params) -> None:
+    """Half precision rounds a clipped vector out of its ball, and a sum of hundreds by more than any one of them."""
+    for leaf in jax.tree.leaves(tree):
+        dtype = jnp.result_type(leaf)
+        check.require(dtype.itemsize >= 4, f"dtype of {name}", dtype.name, "float32 or wider")
 
 
 def by_layer(path: tuple) -> Hashable:
@@ -121,7 +132,7 @@ def clipped_grad(
 
     Args:
         loss: per-example loss; it is called with one example at a time, so no record sees another. Its `image` and
-            `label` are any pytrees of arrays [B, ...], its parameters any pytree of float arrays.
+            `label` are any pytrees of arrays [B, ...], its parameters any pytree of float32 arrays, or wider.
         clip_norm: C, a Python number > 0 or a JAX scalar (built inside `jit`, as adaptive clipping does), which is not
             checked.
         method: "per_example" differentiates each example once and holds the gradients of a microbatch. "norms_first"
@@ -138,11 +149,12 @@ def clipped_grad(
             weight per example cannot carry G factors.
 
     Returns:
-        A `ClippedGrad`. Its `weight` argument is [B], clamped to [0, 1], and must not depend on private data
+        A `ClippedGrad`. Its `weight` argument is [B], clamped to [0, 1] (NaN to 0), and must not depend on private data
         beyond the example's own record.
 
     Raises:
-        ValueError: clip_norm not positive and finite, microbatch_size < 1, unknown method, groups with "norms_first".
+        ValueError: clip_norm not positive and finite, microbatch_size < 1, unknown method, groups with "norms_first";
+            where it is called, parameters of half precision.
 
     Guarantees:
         Padding contributes exactly 0 whatever it holds, and so does an example whose gradient is not finite. Example i
@@ -169,8 +181,9 @@ def clipped_grad(
     def apply(key: Key, params: Params, batch: Batch, weight: jax.Array | None) -> tuple[Params, ClipInfo]:
         chex.assert_rank(batch.mask, 1)
         chex.assert_tree_shape_prefix((batch.image, batch.label), batch.mask.shape)
+        _require_precision("params", params)
         size = batch.mask.shape[0]
-        weight = jnp.ones(size) if weight is None else jnp.clip(weight, 0, 1)
+        weight = jnp.ones(size) if weight is None else jnp.where(weight > 0, jnp.minimum(weight, 1), 0)
         batch, weight = blank_padding(batch, weight)
         total, (norm, value) = clipped_sum(jax.random.split(key, size), params, batch, weight, clip_norm)
         count = jnp.maximum(jnp.sum(batch.mask), 1)

@@ -262,11 +262,12 @@ def test_a_loss_whose_gradient_is_infinite_at_zero_is_no_trouble_for_padding(way
     assert info.num_dropped == 0
 
 
-def test_weights_are_clamped_to_the_unit_interval():
+def test_weights_are_clamped_to_the_unit_interval_and_nan_to_zero():
     batch = make_batch(mask=np.ones(SIZE, bool))
-    wild = np.array([-3, 0, 0.4, 1, 1.5, 100, np.inf], np.float32)
-    total, tame = (compiled()(KEY, PARAMS, batch, w)[0] for w in (wild, np.clip(wild, 0, 1)))
-    assert bits(total) == bits(tame)
+    wild, tame = (
+        np.array(weight, np.float32) for weight in ([-3, 0, 0.4, np.nan, 1.5, 100, np.inf], [0, 0, 0.4, 0, 1, 1, 1])
+    )
+    assert bits(compiled()(KEY, PARAMS, batch, wild)[0]) == bits(compiled()(KEY, PARAMS, batch, tame)[0])
 
 
 @pytest.mark.parametrize(("loss", "way"), [(LINEAR, "microbatches"), *((ADVERSARIAL, way) for way in WAYS)])
@@ -339,6 +340,16 @@ def test_an_unknown_relation_is_refused_by_name():
 def test_a_bad_setting_is_named(name, setting):
     with pytest.raises(ValueError, match=f"^{name} is "):
         clipped_grad(LINEAR, **setting)
+
+
+def test_half_precision_is_refused_since_its_rounding_leaves_the_ball():
+    """And sums are no sums: in bfloat16 256 + 1 is 256, and 256 + 1.01 is 258."""
+    for dtype in (jnp.bfloat16, jnp.float16):
+        params = {"w": jnp.zeros((4, 3)), "b": jnp.zeros(3, dtype)}
+        with pytest.raises(ValueError, match=r"^dtype of gradient is 'b?float16': must be float32 or wider"):
+            clip(params, 1.0)
+        with pytest.raises(ValueError, match=r"^dtype of params is 'b?float16': must be float32 or wider"):
+            clipped_grad(LINEAR, clip_norm=1.0)(KEY, params, make_batch())
 
 
 def test_a_group_is_clipped_to_its_share_of_the_norm():
