@@ -85,10 +85,11 @@ def private_grad(
     check.require(num_replays == 1 or num_shares == 1, "num_replays", num_replays, "1 where noise comes in shares")
     stddev = plan.noise_multiplier * clipped.sensitivity(plan.relation) * math.sqrt(num_replays) / math.sqrt(num_shares)
     expected_batch_size = plan.sampling_rate * num_records
+    weight_of = None if class_weight is None else jnp.asarray(class_weight)  # NumPy cannot be indexed by traced labels
 
     def grad(key: Key, params: Params, batch: Batch) -> tuple[Params, ClipInfo]:
         loss_key, noise_key = jax.random.split(key)
-        weight = None if class_weight is None else class_weight[batch.label]
+        weight = None if weight_of is None else weight_of[batch.label]
         total, info = clipped(loss_key, params, batch, weight)
         return trees.scale(noise(noise_key, total, stddev), 1 / expected_batch_size), info
 

@@ -149,6 +149,17 @@ def test_class_weights_stand_after_the_clip():
     np.testing.assert_allclose(difference, np.full(3, (2 + 3 * 0.25) * 0.5 / np.sqrt(3) / 5), rtol=1e-3)
 
 
+def test_class_weights_may_be_numpy_as_they_are_released_and_padding_may_have_any_label():
+    def weights_of(key, params, batch, weight):
+        return params, weight
+
+    batch = make_batch(np.arange(SIZE) < 2)._replace(label=np.array([1, 0, 7, -9, 1, 1], np.int32))
+    weight = np.array([0.25, 1.0], np.float32)
+    grad = private_grad(ClippedGrad(weights_of, 1.0), PLAN, num_records=20, class_weight=weight)
+    for run in (grad, jax.jit(grad)):
+        assert run(KEY, {"a": jnp.zeros(1)}, batch)[1][:2].tolist() == [1.0, 0.25]
+
+
 def test_the_noise_does_not_depend_on_the_randomness_of_the_loss():
     """A loss that draws from its key must not share a stream with the noise that hides it."""
 
