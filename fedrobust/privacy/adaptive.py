@@ -10,6 +10,9 @@ import jax.numpy as jnp
 from fedrobust import check
 from fedrobust.types import Key
 
+_LEAST, _MOST = 1e-10, 1e10
+"""The clip norms there can be; their squares are far from the ends of float32."""
+
 
 class AdaptiveClipNorm(NamedTuple):
     """How a clip norm is learned.
@@ -34,7 +37,7 @@ def adaptive_clip_norm(
         share = 1/2 + (sum_i ([norm_i <= C] - 1/2) + N(0, count_noise_stddev^2)) / expected_size
 
     Args:
-        initial: the first C, > 0.
+        initial: the first C, in [1e-10, 1e10].
         quantile: the share wanted within C, in [0, 1].
         learning_rate: of the geometric step, > 0; the source takes 0.2.
         count_noise_stddev: sigma_b > 0, standard deviation of the noise on the count, in records (or clients). Small
@@ -55,7 +58,7 @@ def adaptive_clip_norm(
 
     Source: Andrew, Thakkar, McMahan, Ramaswamy 2021 (arXiv 1905.03871), Algorithm 1, geometric update.
     """
-    check.positive("initial", initial)
+    check.require(_LEAST <= initial <= _MOST, "initial", initial, f"in [{_LEAST}, {_MOST}]")
     check.fraction("quantile", quantile)
     check.positive("learning_rate", learning_rate)
     check.positive("count_noise_stddev", count_noise_stddev)
@@ -67,7 +70,7 @@ def adaptive_clip_norm(
     def update(key: Key, clip_norm: jax.Array, norm: jax.Array, mask: jax.Array) -> jax.Array:
         noise = count_noise_stddev * jax.random.normal(key)
         share = 0.5 + (centred_count(clip_norm, norm, mask) + noise) / expected_size
-        return jnp.clip(clip_norm * jnp.exp(-learning_rate * (share - quantile)), 1e-10, 1e10)
+        return jnp.clip(clip_norm * jnp.exp(-learning_rate * (share - quantile)), _LEAST, _MOST)
 
     return AdaptiveClipNorm(init, update, count_noise_stddev)
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedrobust.privacy import adaptive_clip_norm, clipped_grad, make_plan, private_mean
+from fedrobust.privacy import Plan, adaptive_clip_norm, clipped_grad, make_plan, private_mean
 from fedrobust.privacy.adaptive import centred_count
 from fedrobust.types import Batch
 
@@ -123,10 +123,26 @@ def test_a_private_mean_learns_its_clip_norm_and_asks_for_a_plan_that_pays_for_i
             private_mean(other, clip_norm=clip_norm, num_clients=8)
 
 
+def test_sum_and_count_have_noise_of_their_own_and_the_sum_that_of_the_clip_norm_in_force():
+    """Of nobody's updates. 4000 keys: six errors of a correlation are 0.095, of a standard deviation 0.067."""
+    plan = Plan("client", "add_or_remove_one", "poisson", 0.5, 1, 3.0, 0.0, math.inf, 1e-3, count_noise_stddev=5.0)
+    rule = adaptive_clip_norm(**SETTINGS | {"quantile": 1.0, "learning_rate": 4.0})
+    mean = private_mean(plan, clip_norm=rule, num_clients=8)
+
+    def noises(key):
+        update, clip_norm, _ = mean.apply(key, jnp.float32(1.0), {"a": jnp.zeros((2, 1))}, jnp.zeros(2))
+        return update["a"][0], jnp.log(clip_norm)
+
+    of_sum, of_count = jax.jit(jax.vmap(noises))(jax.random.split(KEY, 4000))
+    assert abs(np.corrcoef(of_sum, of_count)[0, 1]) < 0.095
+    assert np.std(of_sum) == pytest.approx(3.0 / 4, rel=0.067)  # clip norm 1; the next one is about exp(2)
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
         *((name, 0.0) for name in SETTINGS if name != "quantile"),
+        *(("initial", value) for value in (1e-11, 1e11, math.nan)),
         ("quantile", 1.5),
         ("count_noise_stddev", math.inf),
     ],
