@@ -21,11 +21,12 @@ def private_class_weight(rng: np.random.Generator, silo_counts: np.ndarray, *, h
         [L] float32 in (0, 1].
 
     Raises:
-        ValueError: histogram_epsilon not positive and finite.
+        ValueError: histogram_epsilon not positive and finite, or counts of another rank.
 
     Source: Dwork et al. 2006, the Laplace mechanism on a histogram.
     """
     check.positive("histogram_epsilon", histogram_epsilon)
+    check.require(np.ndim(silo_counts) == 2, "shape of silo_counts", np.shape(silo_counts), "[num_silos, L]")
     noisy = np.asarray(silo_counts, np.float64) + rng.laplace(scale=1 / histogram_epsilon, size=np.shape(silo_counts))
     counts = np.maximum(noisy.sum(axis=0), 1.0)
     return (counts.min() / counts).astype(np.float32)

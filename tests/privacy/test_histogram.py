@@ -66,3 +66,8 @@ def test_weights_are_in_the_unit_interval_and_the_rarest_class_has_one(epsilon):
 def test_a_bad_epsilon_is_named(epsilon):
     with pytest.raises(ValueError, match=r"^histogram_epsilon is "):
         private_class_weight(np.random.default_rng(0), np.ones((1, 2)), histogram_epsilon=epsilon)
+
+
+def test_counts_of_one_silo_are_a_table_of_one_row():
+    with pytest.raises(ValueError, match=r"^shape of silo_counts is \(2,\): must be \[num_silos, L\]$"):
+        private_class_weight(np.random.default_rng(0), np.ones(2), histogram_epsilon=1.0)
