@@ -102,6 +102,16 @@ def test_the_one_run_p_value_never_falls_in_epsilon_and_is_a_probability():
             assert 0 <= values[0] <= values[-1] <= 1
 
 
+def test_each_number_of_guesses_is_a_test_of_its_own_at_its_share_of_the_significance():
+    """With two guesses of 100 canaries nothing is ever refuted at 97.5 %: a quarter of coins would guess as well."""
+    included = np.arange(100) >= 50
+    settings = {"delta": 0.0, "num_guesses": [100]}
+    alone = epsilon_one_run(np.arange(100), included, confidence=0.975, **settings)
+    both = epsilon_one_run(np.arange(100), included, confidence=0.95, **settings | {"num_guesses": [2, 100]})
+    assert both == pytest.approx(alone, abs=2e-6)
+    assert alone < epsilon_one_run(np.arange(100), included, confidence=0.95, **settings) - 0.1
+
+
 def test_unequal_numbers_are_refused_where_both_kinds_are_counted_together():
     with pytest.raises(ValueError, match=r"^outside is "):
         epsilon_gaussian(Scores(np.ones(10), np.zeros(11)), delta=0.1, confidence=0.95)

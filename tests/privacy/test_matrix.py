@@ -3,6 +3,7 @@
 import functools
 import itertools
 import math
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -116,6 +117,8 @@ def test_bad_settings_are_named():
     ):
         with pytest.raises(ValueError, match=f"^{named} is "):
             correlated_mean(*arguments, clip_norm=1.0, clients_per_round=2.0)
+    with pytest.raises(ValueError, match=r"^plan\.noise_multiplier is 0\.0: "):
+        correlated_mean(replace(plan(), noise_multiplier=0.0), strategy, clip_norm=1.0, clients_per_round=2.0)
     for name in ("clip_norm", "clients_per_round"):
         with pytest.raises(ValueError, match=f"^{name} is "):
             correlated_mean(plan(), strategy, **{"clip_norm": 1.0, "clients_per_round": 2.0} | {name: 0.0})
