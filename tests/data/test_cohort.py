@@ -6,7 +6,7 @@ from itertools import chain
 import numpy as np
 import pytest
 
-from fedrobust.data import CohortSettings, make_cohorts
+from fedrobust.data import CohortSettings, load, make_cohorts
 from fedrobust.privacy.sampling import fixed_size, poisson
 from fedrobust.types import Dataset
 
@@ -170,6 +170,21 @@ def test_poisson_batches_are_those_of_one_generator_per_client_and_round():
         assert examples(cohort, client) == [part[row].tolist() for row in drawn]
 
 
+def test_every_purpose_has_random_streams_of_its_own(monkeypatch):
+    """NumPy takes [s], [s, 0] and [s, 0, 0] for one seed: what is compared are the states that seeds lead to."""
+    streams, make = [], np.random.default_rng
+
+    def watched(seed):
+        streams.append(tuple(np.random.SeedSequence(seed).generate_state(4)))
+        return make(seed)
+
+    monkeypatch.setattr("numpy.random.default_rng", watched)
+    load("digits", seed=3)
+    draw = make_cohorts(DATASET, PARTS, SAMPLED, seed=3, **SAMPLERS)
+    present = sum(int((draw(r).weight > 0).sum()) for r in range(6))
+    assert len(streams) == len(set(streams)) == 1 + 6 + present  # the splits; in each round who, and which of each
+
+
 def test_every_client_may_have_its_own_sampler():
     settings, samplers = CohortSettings(2, "all", "sampler"), [fixed_size(-(-num // 2), num) for num in SIZES]
     cohort = make_cohorts(DATASET, PARTS, settings, seed=0, batch_sampler=samplers)(0)
@@ -182,6 +197,13 @@ def test_without_a_seed_nobody_draws_the_same_batches_again():
     assert_equal_cohorts(draw(3), draw(3))  # within a run a round stays what it is
     other = make_cohorts(DATASET, PARTS, SAMPLED, seed=None, **SAMPLERS)
     assert any((draw(r).batch.mask != other(r).batch.mask).any() for r in range(10))  # equal: 22 fair-ish coins x 40
+
+
+def test_a_seed_from_the_system_is_beyond_guessing(monkeypatch):
+    asked = []
+    monkeypatch.setattr("secrets.randbits", lambda num_bits: asked.append(num_bits) or 0)
+    make_cohorts(DATASET, PARTS, SAMPLED, seed=None, **SAMPLERS)
+    assert len(asked) == 1 and asked[0] >= 128
 
 
 def test_weights_are_equal_or_by_examples():

@@ -2,6 +2,7 @@
 
 import http.server
 import importlib.util
+import logging
 import shutil
 import socket
 import threading
@@ -175,6 +176,49 @@ def test_a_damaged_prepared_set_is_named_in_one_line(pneumonia_dir, tmp_path):
     with pytest.raises(DataError, match=r"^pneumonia_mnist: .* cannot be read") as caught:
         load("pneumonia_mnist", data_dir=tmp_path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def prepared(monkeypatch):
+    """Makes a prepared set of these splits and features, without files."""
+    import tensorflow_datasets
+
+    def prepare(splits, **changes):
+        kinds = tensorflow_datasets.features
+        features = {"image": kinds.Image(shape=(None, None, 1)), "label": kinds.ClassLabel(num_classes=2)} | changes
+        info = SimpleNamespace(features=features, splits=splits)
+        builder = SimpleNamespace(info=info, as_data_source=splits.get)
+        monkeypatch.setattr(tensorflow_datasets.core.read_only_builder, "builder_from_files", lambda *_, **__: builder)
+
+    return prepare
+
+
+def records(num, height=2):
+    return [{"image": np.full((height, 2, 1), i, np.uint8), "label": i % 2} for i in range(num)]
+
+
+@pytest.mark.parametrize("spelling", ["val", "validation"])
+def test_a_split_for_validation_is_found_however_it_is_spelt(prepared, spelling):
+    prepared({"train": records(10), spelling: records(6), "test": records(4), "extra": records(8)})
+    level = logging.getLogger("absl").level
+    assert [len(data.label) for data in load("some_set")] == [10, 6, 4]
+    assert logging.getLogger("absl").level == level
+
+
+def test_a_prepared_set_of_another_kind_is_named_in_one_line(prepared):
+    import tensorflow_datasets
+
+    scalar = tensorflow_datasets.features.Scalar(np.int64)
+    for splits, features, said in (
+        ({"test": records(4)}, {}, r"no split named train \(found: test\)"),
+        ({"train": records(4)}, {"label": scalar}, "not an image classification set: has no ClassLabel"),
+        ({"train": records(4)}, {"image": scalar}, "not an image classification set: has no Image"),
+        ({"train": records(4) + records(4, height=3)}, {}, "split train: images of 2 different shapes"),
+    ):
+        prepared(splits, **features)
+        with pytest.raises(DataError, match=f"^some_set.*{said}") as caught:
+            load("some_set")
+        assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["no_such_set", "MNIST", "", "a b", "/tmp", "digits.np"])

@@ -78,6 +78,36 @@ def test_a_client_of_s_even_shards_sees_at_most_s_classes():
     assert np.mean([len(set(label[part])) for part in parts]) < 5
 
 
+def test_which_examples_make_a_shard_and_which_shards_a_client_is_left_to_chance():
+    """Half of what a client has with one seed it has with another, too; in order it would be all, and one class."""
+    one_class, classes = np.zeros(200, int), np.repeat([0, 1, 2, 3], 50)
+    first, second = (shards(np.random.default_rng(seed), one_class, 2, num_shards_per_client=1) for seed in (0, 1))
+    assert 30 < len(np.intersect1d(first[0], second[0])) < 70  # 50 of 100; a standard deviation is 3.5
+    rngs = map(np.random.default_rng, range(20))
+    held = {tuple(classes[part[[0, -1]]]) for part in (shards(rng, classes, 2)[0] for rng in rngs)}
+    assert len(held) >= 4  # of the six pairs of shards
+
+
+@pytest.mark.parametrize("partition", [dirichlet, quantity_skew])
+def test_which_examples_of_a_class_a_client_has_is_left_to_chance(partition):
+    """Not the first ones: a file may be in the order of its patients."""
+    biggest = max(partition(np.random.default_rng(0), np.zeros(1000, int), 4, alpha=0.5), key=len)
+    assert len(biggest) > 400
+    assert abs(biggest.mean() - 499.5) < 60  # the mean of 400 without replacement has a deviation of 11
+
+
+def test_a_small_client_is_filled_up_with_random_examples_of_the_largest():
+    """All of both classes fall to one client with most seeds; what the other is given is of both."""
+    label, filled = np.repeat([0, 1], 100), []
+    for seed in range(20):
+        parts = dirichlet(np.random.default_rng(seed), label, 2, alpha=1e-3, min_size=40)
+        small = min(parts, key=len)
+        if len(small) == 40:
+            filled.append(label[small].mean())
+    assert len(filled) >= 5
+    assert abs(np.mean(filled) - 0.5) < 0.15  # 200 or more coins: a standard deviation is 0.035
+
+
 def test_dirichlet_tends_to_even_labels_for_large_alpha_and_to_few_classes_for_small():
     label = np.arange(5000) % 5
     even = dirichlet(np.random.default_rng(0), label, 5, alpha=1e6)

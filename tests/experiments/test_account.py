@@ -33,8 +33,8 @@ class Killed(BaseException):
 SITE = Hospitals(data.load("digits"), [np.arange(i, 300, 5) for i in range(5)])
 
 
-def opened(folder, study=STUDY, plan=PLAN, site=SITE):
-    return open_account(study, "0123456789ab", "dp-seed0, training", plan, site, folder)
+def opened(folder, study=STUDY, plan=PLAN, site=SITE, config_hash="0123456789ab", training="dp-seed0, training"):
+    return open_account(study, config_hash, training, plan, site, folder)
 
 
 def rounds(account, first, num_rounds, looked, kill_at=None):
@@ -126,6 +126,16 @@ def test_a_resumed_training_with_other_numbers_pays_again(tmp_path, monkeypatch)
     assert num_charged() == 12 + 11 + 11 + 3 * 11
     rounds(opened(tmp_path), 9, 20, looked)
     assert num_charged() == 12 + 11 + 11 + 3 * 11 + 8  # the first part of this very run is paid for
+    rounds(opened(tmp_path, config_hash="ba9876543210"), 18, 20, looked)
+    assert num_charged() == 12 + 11 + 11 + 3 * 11 + 8 + 2
+
+
+def test_each_training_of_a_row_has_an_account_of_its_own(tmp_path):
+    for training in ("dp-seed0, training", "dp-seed0, poisoned"):
+        account = opened(tmp_path, training=training)
+        charge_label_counts(account)
+        assert spent(account) == privacy.epsilon_spent(PLAN, num_steps=0)
+    assert len(ledger.summary(account.path, 1e-4)) == 10
 
 
 def test_what_is_chosen_on_the_validation_split_is_on_record_and_in_no_sum(tmp_path):
