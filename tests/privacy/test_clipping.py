@@ -245,6 +245,10 @@ def test_a_record_that_is_not_finite_contributes_zero_and_is_counted(way):
     np.testing.assert_allclose(vector(total), vector(expected), rtol=1e-5, atol=1e-7)
     assert info.num_dropped == 3
     assert (~np.isfinite(info.norm)).tolist() == (~without).tolist()
+    image[0] = np.nan  # the first one, too
+    total, info = run(KEY, PARAMS, batch._replace(image=image), ones)
+    expected, _ = run(KEY, PARAMS, batch._replace(mask=without & (np.arange(SIZE) > 0)), ones)
+    np.testing.assert_allclose(vector(total), vector(expected), rtol=1e-5, atol=1e-7)
     total, info = run(KEY, PARAMS, batch._replace(image=np.full_like(image, np.nan)), ones)
     assert not vector(total).any() and info.num_dropped == SIZE
 

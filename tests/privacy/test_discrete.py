@@ -183,6 +183,12 @@ def test_sensitivity_by_hand():
     assert replace(SETTINGS, dimension=1, step=10.0, share_stddev=5.0).squared_sensitivity == 0
 
 
+def test_a_rounding_that_never_fits_is_one_towards_zero(monkeypatch):
+    monkeypatch.setattr(secure_sum, "_ROUNDING_TRIALS", 0)
+    settings = replace(SETTINGS, dimension=3, clip_norm=10.0, step=1.0, share_stddev=1.0)
+    assert secure_sum.round_to_grid(settings, words(0), np.array([2.9, -2.9, 0.9])).tolist() == [2, -2, 0]
+
+
 def test_rounding_is_unbiased_and_an_exact_vector_stays():
     settings = replace(SETTINGS, dimension=400, step=0.02, share_stddev=0.02)
     rng = np.random.default_rng(0)
@@ -298,6 +304,7 @@ def test_epsilon_by_hand_and_more_shares_are_more_private():
         ("clip_norm", np.inf),
         ("dimension", 0),
         ("step", 0.0),
+        ("step", 1e-9),  # squared norms of 10^18
         ("step", 1e-12),
         ("share_stddev", 0.004),
         ("share_stddev", np.nan),

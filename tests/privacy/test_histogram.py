@@ -52,6 +52,13 @@ def test_weights_by_hand_where_noise_is_next_to_nothing():
     assert weight.dtype == np.float32
 
 
+def test_a_class_that_nobody_has_counts_for_one_record_at_least():
+    """Or the others would all but vanish. Noise beyond 20 scales: one draw in 5e8."""
+    for seed in range(20):
+        weight = private_class_weight(np.random.default_rng(seed), np.array([[0, 100]]), histogram_epsilon=1.0)
+        assert weight[1] > 1 / 120
+
+
 @pytest.mark.parametrize("epsilon", [0.01, 1.0])
 def test_weights_are_in_the_unit_interval_and_the_rarest_class_has_one(epsilon):
     for seed in range(50):

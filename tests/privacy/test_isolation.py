@@ -89,6 +89,10 @@ def coupled_in_the_gradient_only(key, params, image, label):
     return value + lax.stop_gradient(image.mean()) * (value - lax.stop_gradient(value))
 
 
+def coupled_in_the_value_only(key, params, image, label):
+    return LOSS(key, params, image, label) + image.mean()
+
+
 COUPLED = {
     "batch statistics": batch_norm,
     "inputs minus their mean": mean_subtracted,
@@ -98,6 +102,7 @@ COUPLED = {
     "one perturbation for all": attacked_by(universal_perturbation),
     "contrastive": contrastive,
     "coupled in the gradient only": coupled_in_the_gradient_only,
+    "coupled in the value only": coupled_in_the_value_only,
 }
 
 

@@ -260,6 +260,8 @@ DAMAGE = [
     damaged(unit="client"),
     damaged(relation="zero_out"),
     damaged(scope=""),
+    damaged(scope=5),
+    damaged(run=None),
 ]
 
 

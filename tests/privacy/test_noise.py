@@ -20,6 +20,7 @@ from fedrobust.privacy import (
     add_gaussian,
     add_system_gaussian,
     clipped_grad,
+    entropy,
     private_grad,
     private_mean,
 )
@@ -344,6 +345,14 @@ def test_system_noise_is_normal_and_two_calls_with_one_key_differ():
         assert_normal(other, 0.3)
         assert abs(np.corrcoef(a, other)[0, 1]) < 6 / np.sqrt(N)
     assert jax.tree.map(jnp.array_equal, run(KEY, tree, 0.0), tree) == {"a": True, "b": True, "c": True}
+
+
+def test_the_rarest_system_words_give_finite_noise_and_as_much_up_as_down(monkeypatch):
+    ends = np.array([0, 2**63 - 1, 2**63, 2**64 - 1], np.uint64)
+    monkeypatch.setattr(entropy, "system_words", lambda size: ends[:size])
+    low, below, above, high = entropy._normals(4)
+    assert 8.2 < high == -low < 8.3
+    assert 0 < above == -below < 1e-15
 
 
 def assert_all_differ(rows):

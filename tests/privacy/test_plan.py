@@ -261,6 +261,7 @@ BAD = [
     *(("noise_multiplier", {"epsilon": None, "noise_multiplier": value}) for value in (0, -1.0, math.inf, math.nan)),
     ("epsilon", {"epsilon": 60.0, "num_steps": 1}),  # less noise than the least multiplier would do
     *(("delta", {"delta": value}) for value in (0, 1, -1e-5, 1.5, math.nan)),
+    ("delta", {"epsilon": 25.0, "num_units": 941}),  # overfull batches alone cost more
     *(("sampling_rate", {"sampling_rate": value}) for value in (0, -0.1, 1.01, math.nan, None)),
     *(("num_steps", {"num_steps": value}) for value in (0, -3, 2.5)),
     *(("histogram_epsilon", {"histogram_epsilon": value}) for value in (-0.1, 1.0, 2.0, math.nan)),
