@@ -12,6 +12,7 @@ more; that needs the same data, seed, keys and code, which the run's name must s
 releases other bits: it needs a new run name at every start.
 """
 
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -210,18 +211,24 @@ def _require_within(budget: Budget, scope: str, held: Sequence[Entry], added: Se
 
 
 class _Book(NamedTuple):
-    """Entries in order; the first of each scope; those of each (scope, mechanism). So that reading is linear."""
+    """Entries in order; the first of each scope; those of each run; how far each mechanism's steps reach in a scope.
+
+    So that reading takes a time proportional to the number of lines.
+    """
 
     entries: list[Entry]
     scopes: dict[str, Entry]
-    mechanisms: dict[tuple[str, str], list[Entry]]
+    runs: dict[tuple[str, str, str], list[Entry]]
+    reach: dict[tuple[str, str], int]
 
 
 def _add(book: _Book, entry: Entry | None) -> None:
     if entry is not None:
         book.entries.append(entry)
         book.scopes.setdefault(entry.scope, entry)
-        book.mechanisms.setdefault((entry.scope, entry.mechanism), []).append(entry)
+        book.runs.setdefault(_key(entry), []).append(entry)
+        place = entry.scope, entry.mechanism
+        book.reach[place] = max(book.reach.get(place, 0), _end(entry))
 
 
 def _not_yet_charged(book: _Book, entry: Entry) -> Entry | None:
@@ -230,24 +237,26 @@ def _not_yet_charged(book: _Book, entry: Entry) -> Entry | None:
     for name in ("unit", "relation"):
         value, allowed = getattr(entry, name), getattr(first, name)
         check.require(value == allowed, f"{name} of scope {entry.scope!r}", value, f"{allowed!r}, as before")
-    same = book.mechanisms.get((entry.scope, entry.mechanism), [])
-    own = [other for other in same if other.run == entry.run]
-    end = own[-1].first_step + own[-1].num_steps if own else entry.first_step
+    own = book.runs.get(_key(entry), [])
+    end = _end(own[-1]) if own else entry.first_step
     low = own[0].first_step if own else 0
-    high = end if own else max((other.first_step + other.num_steps for other in same), default=0)
+    high = end if own else book.reach.get((entry.scope, entry.mechanism), 0)
     name = f"first_step of {entry.mechanism!r} of run {entry.run!r} in scope {entry.scope!r}"
     check.require(low <= entry.first_step <= high, name, entry.first_step, f"in [{low}, {high}] after what was charged")
-    last = entry.first_step + entry.num_steps - 1
-    for other in own:
-        meets = other.first_step <= last and other.first_step + other.num_steps > entry.first_step
-        if meets and other.event != entry.event:
+    for other in itertools.takewhile(lambda other: _end(other) > entry.first_step, reversed(own)):
+        if other.first_step < _end(entry) and other.event != entry.event:
             raise ValueError(f"event of {entry.mechanism!r} of run {entry.run!r} is {entry.event}: was {other.event}")
-    left = last + 1 - end
+    left = _end(entry) - end
     return entry._replace(first_step=end, num_steps=left) if left > 0 else None
 
 
 def _key(entry: Entry) -> tuple[str, str, str]:
     return entry.scope, entry.run, entry.mechanism
+
+
+def _end(entry: Entry) -> int:
+    """The first step after an entry's."""
+    return entry.first_step + entry.num_steps
 
 
 def _check(entry: Entry) -> None:
@@ -269,7 +278,7 @@ def _record(entry: Entry) -> dict[str, Any]:
 
 def _book(path: Path | str, records: Sequence[Any]) -> _Book:
     """What a file's lines say; a line that does not fit ends it, for a sum without it would be too small."""
-    book = _Book([], {}, {})
+    book = _Book([], {}, {}, {})
     for number, record in enumerate(records, start=1):
         try:
             entry = _entry(record)

@@ -231,6 +231,16 @@ def test_a_charge_returns_when_file_and_folder_are_on_disk(path, monkeypatch):
         assert path.parent.stat().st_ino in synced
 
 
+def test_reading_compares_each_line_with_a_few_others(path, monkeypatch):
+    """So its time is in proportion to the number of lines: a minute for 10 000 otherwise."""
+    num, ends, end = 300, [], ledger._end
+    path.parent.mkdir()
+    path.write_text("".join(json.dumps(ledger._record(entry(step, 1))) + "\n" for step in range(num)))
+    monkeypatch.setattr(ledger, "_end", lambda entry: ends.append(entry) or end(entry))
+    assert len(read(path)) == num
+    assert len(ends) <= 10 * num
+
+
 def damaged(**changes):
     record = json.loads(json.dumps(ledger._record(entry(3, 2))))
     event = record["event"] | changes.pop("event", {}) if changes.get("event", {}) is not None else None
