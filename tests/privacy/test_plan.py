@@ -101,6 +101,22 @@ def test_epsilon_without_sampling_is_the_closed_form_for_every_relation(noise_mu
     assert exact * (1 - 1e-9) <= found <= exact * 1.01
 
 
+@pytest.mark.parametrize(("relation", "other"), [("add_or_remove_one", 0), ("replace_one", -1)])
+def test_epsilon_of_one_sampled_step_is_that_of_its_two_mixtures_by_integration(relation, other):
+    """A record that contributes 1 with probability q, against one that contributes 0, or another that does -1."""
+    q, multiplier = 0.1, 1.0
+    stddev = multiplier * (2 if relation == "replace_one" else 1)  # over C, the bound of one contribution
+    x, step = np.linspace(-20, 20, 40_001, retstep=True)
+    p, p_other = ((1 - q) * norm.pdf(x, 0, stddev) + q * norm.pdf(x, to, stddev) for to in (1, other))
+
+    def excess(epsilon):
+        pairs = (p, p_other), (p_other, p)
+        return max(np.sum(np.maximum(a - math.exp(epsilon) * b, 0)) for a, b in pairs) * step - 1e-4
+
+    found = spent(noise_multiplier=multiplier, sampling_rate=q, num_steps=1, relation=relation)
+    assert found == pytest.approx(brentq(excess, 0, 5), rel=1e-4)
+
+
 def renyi_epsilon(noise_multiplier, num_steps, delta):
     """Renyi of the plain Gaussian, order by order: T alpha / (2 z^2), turned into (epsilon, delta) by hand.
 
