@@ -35,7 +35,7 @@ def read(path: Path) -> tuple[dict[str, tuple[Any, Any]], int]:
         OSError,
         ValueError,
         EOFError,
-        NotImplementedError,
+        RuntimeError,  # a password, or a compression that Python does not know
         AttributeError,
         zipfile.BadZipFile,
         zlib.error,

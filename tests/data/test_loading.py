@@ -117,7 +117,10 @@ def test_a_missing_or_damaged_npz_is_named_in_one_line(tmp_path):
     whole = save(tmp_path, medmnist()).read_bytes()
     flipped = bytearray(whole)
     flipped[len(whole) // 3] ^= 255
+    locked = bytearray(whole)
+    locked[whole.index(b"PK\x01\x02") + 8] |= 1  # says that the first array has a password
     damaged = {
+        "locked.npz": bytes(locked),
         "empty.npz": b"",
         "text.npz": b"no archive",
         "cut.npz": whole[: len(whole) // 2],
