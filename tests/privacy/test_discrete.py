@@ -116,15 +116,16 @@ def test_a_tie_in_the_first_64_bits_is_broken_by_further_ones():
 
 
 def test_words_next_to_a_probability_are_told_apart_where_floats_are_not():
-    """Its float64 is the same for all of these words, which lie within 2^4 of exp(-0.7) 2^64."""
+    """The float64 of all of these is the same, and 0.7 as a difference of terms of 1000 is off by up to 1000 2^-50."""
     with decimal.localcontext(decimal.Context(prec=60)):
         boundary = math.floor(Fraction((-decimal.Decimal(7) / 10).exp()) * 2**64)
     offset = np.array([-16, -3, -1, 1, 3, 16])
     near = np.array([boundary + int(x) for x in offset], np.uint64)
-    gamma = np.full(6, 0.7)
-    below = discrete._below_exp(lambda size: near[:size], gamma, gamma, lambda i: Fraction(7, 10))
-    assert below.tolist() == (offset < 0).tolist()
     assert len(set(near.astype(np.float64))) == 1
+    for error in (-5e-13, 0, 5e-13):
+        gamma, terms = np.full(6, 0.7 + error), np.full(6, 1000.0)
+        below = discrete._below_exp(lambda size: near[:size], gamma, terms, lambda i: Fraction(7, 10))
+        assert below.tolist() == (offset < 0).tolist()
 
 
 def test_words_that_would_favour_small_residues_are_thrown_away():
