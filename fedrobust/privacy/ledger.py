@@ -12,6 +12,7 @@ more; that needs the same data, seed, keys and code, which the run's name must s
 releases other bits: it needs a new run name at every start.
 """
 
+import decimal
 import itertools
 from collections import Counter
 from collections.abc import Sequence
@@ -162,13 +163,15 @@ def summary(path: Path | str, delta: float) -> list[Line]:
 
 
 def to_text(lines: Sequence[Line]) -> str:
-    """A summary for people, one scope per line."""
+    """A summary for people, one scope per line; epsilon in four digits, rounded up."""
+    upwards = decimal.Context(prec=4, rounding=decimal.ROUND_CEILING)
 
     def listed(counted: Sequence[tuple[str, int]]) -> str:
         return ", ".join(f"{mechanism} x {steps}" for mechanism, steps in counted) or "none"
 
     return "\n".join(
-        f"{line.scope}: epsilon {line.epsilon:.4g}, delta {line.delta:g} ({line.unit}, {line.relation}): "
+        f"{line.scope}: epsilon {float(upwards.create_decimal(line.epsilon)):g}, "
+        f"delta {line.delta:g} ({line.unit}, {line.relation}): "
         f"{listed(line.mechanisms)}; looks without privacy: {listed(line.looks)}"
         for line in lines
     )

@@ -140,6 +140,12 @@ def test_a_look_without_privacy_is_on_record_and_in_no_sum(path):
     assert [json.loads(line)["private"] for line in path.read_text().splitlines()] == [True, False]
 
 
+def test_a_text_never_tells_less_than_was_spent():
+    line = ledger.Line("silo 0", "record", "zero_out", 0.0, DELTA, (), ())
+    for spent_, told in ((8.0, "8"), (8.0001, "8.001"), (0.99999, "1"), (0.0, "0"), (1e-7, "1e-07"), (1e999, "inf")):
+        assert f"epsilon {told}, delta 0.0001" in to_text([line._replace(epsilon=spent_)])
+
+
 def test_a_look_without_privacy_needs_no_budget(path):
     charge(path, AMPLE, [entry(num=2)])
     used_up = Budget(0.5 * epsilon((STEP, 2)), DELTA)
