@@ -91,10 +91,9 @@ def _dataset(where: str, image: Any, label: Any, num_classes: int, peak: int) ->
         raise DataError(f"{where}: images are {image.dtype}, must be uint8")
     if not np.issubdtype(label.dtype, np.integer):
         raise DataError(f"{where}: labels are {label.dtype}, must be whole numbers")
-    if num_classes < 2 or label.min() < 0 or label.max() >= num_classes:
-        raise DataError(
-            f"{where}: labels {label.min()} to {label.max()} are out of range: must be in [0, {num_classes})"
-        )
+    beyond = min(num_classes, 2**31)  # or int32 would make another label of it
+    if num_classes < 2 or label.min() < 0 or label.max() >= beyond:
+        raise DataError(f"{where}: labels {label.min()} to {label.max()} are out of range: must be in [0, {beyond})")
     return Dataset(image.astype(np.float32) / np.float32(peak), label.astype(np.int32), num_classes)
 
 

@@ -94,6 +94,7 @@ def test_npz_without_val_gives_a_tenth_of_train_of_each_class(tmp_path):
         ({"train_labels": np.full((40, 1), -1)}, "out of range"),
         ({"val_labels": np.full((40, 1), 3)}, r"labels 3 to 3 are out of range: must be in \[0, 3\)"),
         ({"train_labels": np.zeros((40, 1), int)}, "out of range"),
+        ({"train_labels": np.full((40, 1), 2**32)}, r"out of range: must be in \[0, 2147483648\)"),
         ({"train_labels": np.zeros((40, 14), int)}, r"labels have shape \(40, 14\)"),
         ({"train_labels": np.zeros((39, 1), int)}, r"labels have shape \(39,\)"),
         ({"train_labels": np.zeros((40, 1))}, "must be whole numbers"),
