@@ -172,8 +172,8 @@ def make_plan(
         sampling_rate: q in (0, 1], for "poisson".
         batch_size: units in a step, in [1, num_units], for "fixed_size" and "shuffle".
         num_units: >= 1, see `Plan`; needed with batch_size and for `plan.sampler`.
-        histogram_epsilon: in [0, epsilon), part of the budget for label counts, see `Plan`; 0 for "client", whose
-            presence changes a count by more than one.
+        histogram_epsilon: in [0, epsilon), part of the budget for label counts, see `Plan`; for "replace_one", which
+            moves two counts, below epsilon / 2; 0 for "client", whose presence changes a count by more than one.
         count_noise_stddev: > 0 where adaptive clipping releases a count with every sum, see `Plan`; the sum and the
             count are within the budget together.
 
@@ -211,6 +211,9 @@ def make_plan(
     else:
         assert epsilon is not None
         plan = replace(plan, noise_multiplier=_calibrated(plan, epsilon))
+        while (spent := epsilon_spent(plan)) > epsilon:  # below a delta of 1e-12 the search's grid bounds a little less
+            check.require(spent < math.inf, "delta", delta, "more, what the accountant leaves out is as much")
+            plan = replace(plan, noise_multiplier=1.001 * plan.noise_multiplier)
     return replace(plan, epsilon=epsilon_spent(plan))
 
 
@@ -240,11 +243,13 @@ def _calibrated(plan: Plan, epsilon: float) -> float:
     faster, and still an upper bound, so that it can only ask for a little more noise than needed.
     """
     check.require(0 < epsilon <= 100, "epsilon", epsilon, "in (0, 100]")
-    check.require(plan.histogram_epsilon < epsilon, "histogram_epsilon", plan.histogram_epsilon, "in [0, epsilon)")
+    allowed = "epsilon / 2" if plan.relation == "replace_one" else "epsilon"
+    histogram = plan.histogram_event
+    fits = histogram is None or 1 / histogram.noise_multiplier < epsilon
+    check.require(fits, "histogram_epsilon", plan.histogram_epsilon, f"in [0, {allowed})")
     truncated = (1 + math.exp(epsilon)) * plan.truncation_probability * plan.num_steps
     allowed = f"> {truncated:.2g}, what overfull batches cost at this epsilon"
     check.require(plan.delta > truncated, "delta", plan.delta, allowed)
-    histogram = plan.histogram_event
 
     def releases(joint: float) -> dp_accounting.DpEvent:
         step = plan.event._replace(noise_multiplier=joint)

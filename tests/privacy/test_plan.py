@@ -23,6 +23,7 @@ from fedrobust.privacy import (
     make_plan,
     total_epsilon,
 )
+from fedrobust.privacy import plan as privacy_plan
 
 POISSON = {"unit": "record", "relation": "add_or_remove_one", "sampling": "poisson"}
 GIVEN = POISSON | {"delta": 1e-4, "num_steps": 10, "sampling_rate": 0.1}
@@ -59,6 +60,18 @@ def test_the_plan_stays_within_its_budget_and_wastes_little_of_it():
     assert (found.unit, found.relation, found.sampling) == ("record", "add_or_remove_one", "poisson")
     assert (found.sampling_rate, found.num_steps, found.delta, found.histogram_epsilon) == (0.1, 10, 1e-4, 0.0)
     assert json.loads(json.dumps(dataclasses.asdict(found))) == dataclasses.asdict(found)
+
+
+def test_a_search_that_stopped_a_little_short_is_carried_on_to_the_budget(monkeypatch):
+    """As its coarser grid does below a delta of 1e-12. What the accountants say is replaced: they take seconds."""
+    monkeypatch.setattr(privacy_plan, "_calibrated", lambda *_: 1.999)
+    monkeypatch.setattr(privacy_plan, "epsilon_spent", lambda plan: 2 / plan.noise_multiplier)
+    found = make_plan(epsilon=1.0, **GIVEN)
+    assert found.epsilon <= 1.0
+    assert found.noise_multiplier < 2.002
+    monkeypatch.setattr(privacy_plan, "epsilon_spent", lambda plan: math.inf)
+    with pytest.raises(ValueError, match=r"^delta is 0\.0001: "):
+        make_plan(epsilon=1.0, **GIVEN)
 
 
 def test_the_plan_reproduces_a_published_setting():
@@ -281,6 +294,7 @@ BAD = [
     *(("sampling_rate", {"sampling_rate": value}) for value in (0, -0.1, 1.01, math.nan, None)),
     *(("num_steps", {"num_steps": value}) for value in (0, -3, 2.5)),
     *(("histogram_epsilon", {"histogram_epsilon": value}) for value in (-0.1, 1.0, 2.0, math.nan)),
+    *(("histogram_epsilon", given | {"histogram_epsilon": 0.5, "relation": "replace_one"}) for given in (GIVEN, FIXED)),
     ("histogram_epsilon", {"histogram_epsilon": 0.1, "unit": "client"}),  # a client moves a count by more than one
     *(("count_noise_stddev", {"count_noise_stddev": value}) for value in (-1.0, math.nan)),
     ("sampling", {"sampling": "uniform"}),
