@@ -151,6 +151,8 @@ def test_a_look_without_privacy_needs_no_budget(path):
     used_up = Budget(0.5 * epsilon((STEP, 2)), DELTA)
     charge(path, used_up, [entry(mechanism="tuning", event=None)])
     assert summary(path, DELTA)[0].looks == (("tuning", 1),)
+    with pytest.raises(ValueError, match=r"of which 0 is left$"):
+        charge(path, used_up, [entry(2, 1)])
 
 
 def test_batches_of_a_fixed_size_and_all_beside_them_are_composed_by_renyi_divergences(path):
