@@ -183,7 +183,7 @@ def clipped_grad(
         chex.assert_tree_shape_prefix((batch.image, batch.label), batch.mask.shape)
         _require_precision("params", params)
         size = batch.mask.shape[0]
-        weight = jnp.ones(size) if weight is None else jnp.where(weight > 0, jnp.minimum(weight, 1), 0)
+        weight = jnp.ones(size) if weight is None else jnp.where(jnp.isnan(weight), 0, jnp.clip(weight, 0, 1))
         batch, weight = blank_padding(batch, weight)
         total, (norm, value) = clipped_sum(jax.random.split(key, size), params, batch, weight, clip_norm)
         count = jnp.maximum(jnp.sum(batch.mask), 1)

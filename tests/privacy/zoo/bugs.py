@@ -353,8 +353,8 @@ BUGS = (
         "runs with other seeds count once",
         _LEDGER,
         "fedrobust.privacy.ledger",
-        "own = [other for other in same if other.run == entry.run]",
-        "own = same",
+        "return entry.scope, entry.run, entry.mechanism",
+        "return entry.scope, '', entry.mechanism",
     ),
     Bug(
         "the last entry counts, not the sum",
