@@ -146,4 +146,5 @@ def test_what_is_chosen_on_the_validation_split_is_on_record_and_in_no_sum(tmp_p
     (line,) = ledger.summary(account.path, 1e-4)
     assert line.looks == (("tuning", 1), ("calibration data", 1))
     assert line.epsilon == 0
+    assert line.scope not in account.scopes
     note_look(None, "tuning")

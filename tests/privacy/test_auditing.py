@@ -275,6 +275,7 @@ def test_the_white_box_audit_of_the_real_step_is_tight_and_below_its_claim(kind)
     for one in scores:
         assert len(one) == NUM_TRIALS
         assert abs(one.std() / 1.2 - 1) < 6 / math.sqrt(2 * NUM_TRIALS)
+    assert abs(np.corrcoef(*scores)[0, 1]) < 6 / math.sqrt(NUM_TRIALS)
     assert abs(scores.inside.mean() - scores.outside.mean() - 1) < 6 * 1.2 * math.sqrt(2 / NUM_TRIALS)
 
 

@@ -144,6 +144,8 @@ def test_a_text_never_tells_less_than_was_spent():
     line = ledger.Line("silo 0", "record", "zero_out", 0.0, DELTA, (), ())
     for spent_, told in ((8.0, "8"), (8.0001, "8.001"), (0.99999, "1"), (0.0, "0"), (1e-7, "1e-07"), (1e999, "inf")):
         assert f"epsilon {told}, delta 0.0001" in to_text([line._replace(epsilon=spent_)])
+    both = to_text([line, line._replace(scope="silo 1")]).splitlines()
+    assert [told.partition(":")[0] for told in both] == ["silo 0", "silo 1"]
 
 
 def test_a_look_without_privacy_needs_no_budget(path):

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from dataclasses import replace
 from decimal import Decimal
 
 import jax
@@ -104,6 +105,8 @@ def test_a_plan_makes_the_sampler_it_accounts_for():
     fixed = make_plan(relation="replace_one", sampling="fixed_size", batch_size=7, num_units=50, **GIVEN)
     assert (drawn(fixed.sampler, 50, 20).mean(1) == fixed.sampling_rate).all()
     assert list(fixed.sampler.sizes) == [50]
+    for size in range(1, 51):  # whatever becomes of size / 50 * 50: 29 / 50 * 50 is below 29
+        assert replace(fixed, sampling_rate=size / 50).sampler.capacity == size
     clients = make_plan(
         relation="add_or_remove_one", sampling="poisson", sampling_rate=0.5, num_units=9, **GIVEN | {"unit": "client"}
     )
