@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedrobust.data import PARTITIONS, dirichlet, iid, quantity_skew, shards
+from fedrobust.data import PARTITIONS, dirichlet, iid, partition, quantity_skew, shards
 
 OPTIONS = {
     "iid": {},
@@ -107,6 +107,12 @@ def test_a_small_client_is_filled_up_with_random_examples_of_the_largest():
             filled.append(label[small].mean())
     assert len(filled) >= 5
     assert abs(np.mean(filled) - 0.5) < 0.15  # 200 or more coins: a standard deviation is 0.035
+
+
+def test_the_largest_give_and_give_alike():
+    parts = np.split(np.arange(17), [10, 16])
+    sizes = [sorted(map(len, partition._finish(np.random.default_rng(0), parts, size))) for size in (3, 5)]
+    assert sizes == [[3, 6, 8], [5, 6, 6]]
 
 
 def test_dirichlet_tends_to_even_labels_for_large_alpha_and_to_few_classes_for_small():
