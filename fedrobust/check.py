@@ -1,6 +1,7 @@
 """Checks of static settings: one-line `ValueError`s that name the setting, its value and what is allowed."""
 
 from collections.abc import Collection
+from numbers import Integral
 from typing import Any
 
 
@@ -32,7 +33,7 @@ def non_negative(name: str, value: float) -> None:
 
 def at_least(name: str, value: int, minimum: int) -> None:
     """Requires a whole number >= minimum."""
-    require(isinstance(value, int) and value >= minimum, name, value, f"a whole number >= {minimum}")
+    require(isinstance(value, Integral) and value >= minimum, name, value, f"a whole number >= {minimum}")
 
 
 def fraction(name: str, value: float, *, zero: bool = True, one: bool = True) -> None:

@@ -139,6 +139,7 @@ def test_a_value_out_of_range_is_named_in_one_line(requirement, value):
 
 def test_checks_by_hand():
     check.at_least("n", 3, 3)
+    check.at_least("n", np.int64(3), 3)
     check.one_of("norm", "l2", ("l2", "linf"))
     check.require(True, "n", 1, "anything")
     for call, message in (

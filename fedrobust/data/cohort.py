@@ -71,7 +71,8 @@ def make_cohorts(
 
     Raises:
         ValueError: a setting is out of range, missing for the sampling chosen, or given for one that is not; a
-            sampler for another number of examples or clients; an empty part; an index or an id that does not exist.
+            sampler for another number of examples or clients; an empty part; an index or an id that does not exist; an
+            index that is held twice, whose record would count twice against its guarantee.
     """
     num_examples = [len(part) for part in parts]
     one = batch_sampler is None or isinstance(batch_sampler, Sampler)
@@ -84,6 +85,11 @@ def make_cohorts(
     parts = [np.asarray(part) for part in parts]
     for index in (min(int(part.min()) for part in parts), max(int(part.max()) for part in parts)):
         check.require(0 <= index < len(dataset.label), "parts", index, f"indices in [0, {len(dataset.label)})")
+    held, times = np.unique(np.concatenate(parts), return_counts=True)
+    if times.max() > 1:
+        raise ValueError(
+            f"parts hold index {held[times.argmax()]} {times.max()} times: each record is of one client, once"
+        )
     for client in malicious:
         check.require(client in range(len(parts)), "malicious", client, f"client ids below {len(parts)}")
     share = np.ones(len(parts)) if settings.weighting == "equal" else np.array(num_examples) / max(num_examples)

@@ -266,3 +266,9 @@ def test_parts_ids_and_seeds_that_do_not_exist_are_named():
         given = {"parts": PARTS, "seed": 0, **arguments}
         with pytest.raises(ValueError, match=f"^{named} is "):
             make_cohorts(DATASET, given.pop("parts"), SHUFFLE, **given)
+
+
+@pytest.mark.parametrize("parts", [[[0, 1, 1]], [[0, 1], [2, 1]]], ids=["by one client", "by two"])
+def test_a_record_is_of_one_client_once(parts):
+    with pytest.raises(ValueError, match=r"^parts hold index 1 2 times: each record is of one client, once$"):
+        make_cohorts(DATASET, [np.array(part) for part in parts], SHUFFLE, seed=0)
