@@ -112,10 +112,17 @@ def quantized(codec: Codec, *, num_bits: int) -> Codec:
         code, state = codec.encode(key, state, update)
         return jax.tree.map(few, code), state
 
-    def decode(code: Any) -> Params:
-        return codec.decode(jax.tree.map(many, codec.shape, code))
+    def whole(code: Any) -> Any:
+        return jax.tree.map(many, codec.shape, code)
 
-    return assemble(codec.init, encode, decode, jax.eval_shape(lambda code: jax.tree.map(few, code), codec.shape))
+    def deserialize(data: bytes) -> Any:
+        code = packed.deserialize(data)
+        codec.deserialize(codec.serialize(whole(code)))  # refuses what is no code of the codec within
+        return code
+
+    shape = jax.eval_shape(lambda code: jax.tree.map(few, code), codec.shape)
+    packed = assemble(codec.init, encode, lambda code: codec.decode(whole(code)), shape, largest={"uint8": last})
+    return packed._replace(deserialize=deserialize)
 
 
 def masked(make: Callable[[Params], Codec], masks: Params) -> Codec:

@@ -109,7 +109,8 @@ def _stochastic(like: Params, scale_of: Callable[[jax.Array], jax.Array], num_le
     def decode(code: Levels) -> Params:
         return _scaled(like, code.scale / num_levels, code.level)
 
-    return assemble(lambda params: (), encode, decode, Levels(*_shapes(like, jnp.int8)))
+    shape = Levels(*_shapes(like, jnp.int8))
+    return assemble(lambda params: (), encode, decode, shape, largest={"int8": num_levels})
 
 
 def _scaled(like: Params, scale: jax.Array, level: jax.Array) -> Params:

@@ -57,7 +57,7 @@ def top_k(like: Params, *, share: float) -> Codec:
         return trees.from_flat(like, jnp.zeros(size).at[code.place].set(code.value, mode="drop"))
 
     shape = Chosen(jax.ShapeDtypeStruct((num,), jnp.int32), jax.ShapeDtypeStruct((num,), jnp.float32))
-    return assemble(_nothing, encode, decode, shape)
+    return assemble(_nothing, encode, decode, shape, largest={"int32": size - 1})
 
 
 def random_k(like: Params, *, share: float, unbiased: bool) -> Codec:

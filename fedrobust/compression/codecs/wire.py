@@ -9,7 +9,7 @@ An array's dtype says what it holds, and so how it is written:
     int8               levels, most of them 0: their places, signs and sizes less one
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -21,6 +21,7 @@ from fedrobust.compression.codecs import rice
 from fedrobust.types import Codec, Key, Params
 
 KINDS = ("float32", "uint32", "bool", "int32", "uint8", "int8")
+_LARGEST = {"int32": 2**31 - 1, "uint8": 255, "int8": 127}
 
 
 def assemble(
@@ -28,6 +29,8 @@ def assemble(
     encode: Callable[[Key, Any, Params], tuple[Any, Any]],
     decode: Callable[[Any], Params],
     shape: Any,
+    *,
+    largest: Mapping[str, int] | None = None,
 ) -> Codec:
     """A codec whose bytes follow from the shapes and dtypes of its code.
 
@@ -36,9 +39,12 @@ def assemble(
         encode: see `Codec`.
         decode: see `Codec`.
         shape: the code as a pytree of `jax.ShapeDtypeStruct`, dtypes as above.
+        largest: by dtype, the largest place, size or level that a code may hold; what is not named is as the dtype has
+            it.
 
     Returns:
-        The `Codec`. `num_bits` reads the code alone, so it may be mapped over codes of many clients.
+        The `Codec`. `num_bits` reads the code alone, so it may be mapped over codes of many clients; `deserialize`
+        refuses larger numbers.
 
     Raises:
         ValueError: an array of another dtype.
@@ -46,6 +52,7 @@ def assemble(
     leaves, structure = jax.tree.flatten(shape)
     for leaf in leaves:
         check.one_of("dtype of a code", leaf.dtype.name, KINDS)
+    limits = {**_LARGEST, **(largest or {})}
 
     def num_bits(code: Any) -> jax.Array:
         return jnp.asarray(8 * sum(map(_num_bytes, jax.tree.leaves(code))), jnp.int32)
@@ -56,7 +63,7 @@ def assemble(
     def deserialize(data: bytes) -> Any:
         arrays = []
         for leaf in leaves:
-            values, data = _read(data, int(np.prod(leaf.shape)), leaf.dtype)
+            values, data = _read(data, int(np.prod(leaf.shape)), leaf.dtype, limits.get(leaf.dtype.name, 0))
             arrays.append(jnp.asarray(values.astype(leaf.dtype).reshape(leaf.shape)))
         check.require(not data, "bytes behind the code", len(data), "none")
         return jax.tree.unflatten(structure, arrays)
@@ -100,7 +107,7 @@ def _write(x: np.ndarray) -> bytes:
     return x.astype(x.dtype.newbyteorder("<")).tobytes()
 
 
-def _read(data: bytes, size: int, dtype: np.dtype) -> tuple[np.ndarray, bytes]:
+def _read(data: bytes, size: int, dtype: np.dtype, largest: int) -> tuple[np.ndarray, bytes]:
     kind = dtype.name
     if kind == "bool":
         packed, data = _take(data, -(-size // 8))
@@ -108,29 +115,29 @@ def _read(data: bytes, size: int, dtype: np.dtype) -> tuple[np.ndarray, bytes]:
     if kind == "int32":
         gaps, data = rice.read(data, size)
         place = np.cumsum(gaps + 1) - 1
-        _below("last place", int(place[-1]) if size else 0, 2**31)
+        _at_most("last place", int(place[-1]) if size else 0, largest)
         return place, data
     if kind == "uint8":
         value, data = rice.read(data, size)
-        _below("size", int(value.max(initial=0)), 256)
+        _at_most("size", int(value.max(initial=0)), largest)
         return value, data
     if kind == "int8":
-        return _read_levels(data, size)
+        return _read_levels(data, size, largest)
     packed, data = _take(data, 4 * size)
     return np.frombuffer(packed, dtype.newbyteorder("<")), data
 
 
-def _read_levels(data: bytes, size: int) -> tuple[np.ndarray, bytes]:
+def _read_levels(data: bytes, size: int, largest: int) -> tuple[np.ndarray, bytes]:
     packed, data = _take(data, 4)
     count = int(np.frombuffer(packed, "<u4")[0])
-    _below("number of levels", count, size + 1)
+    _at_most("number of levels", count, size)
     gaps, data = rice.read(data, count)
     packed, data = _take(data, -(-count // 8))
     negative = np.unpackbits(np.frombuffer(packed, np.uint8), count=count).astype(bool)
     sizes, data = rice.read(data, count)
     place = np.cumsum(gaps + 1) - 1
-    _below("last place", int(place[-1]) if count else 0, max(size, 1))
-    _below("size", int(sizes.max(initial=0)), 127)
+    _at_most("last place", int(place[-1]) if count else 0, size - 1 if count else 0)
+    _at_most("size", 1 + int(sizes.max(initial=0)), largest)
     level = np.zeros(size, np.int8)
     level[place] = np.where(negative, -1 - sizes, 1 + sizes)
     return level, data
@@ -141,5 +148,5 @@ def _take(data: bytes, num: int) -> tuple[bytes, bytes]:
     return data[:num], data[num:]
 
 
-def _below(what: str, value: int, limit: int) -> None:
-    check.require(value < limit, f"{what} in the code", value, f"below {limit}")
+def _at_most(what: str, value: int, largest: int) -> None:
+    check.require(value <= largest, f"{what} in the code", value, f"at most {largest}")
