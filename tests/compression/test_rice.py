@@ -15,7 +15,11 @@ def test_places_of_a_random_set_cost_what_the_best_code_takes():
 
 
 @pytest.mark.parametrize(
-    "value", [[], [0], [5], [0, 0, 0], [1000, 0, 3, 70_000, 2], [2**22] * 3, list(range(300)), [255] * 9]
+    "value",
+    [
+        *([], [0], [5], [0, 0, 0], [1000, 0, 3, 70_000, 2], [2**22] * 3, list(range(300)), [255] * 9),
+        *([2**30] * 2, [2**30] * 5, [2**31 - 1, 0, 7]),  # their sums leave 32 bits
+    ],
 )
 def test_numbers_come_back_and_their_length_is_known_beforehand(value):
     data = rice.write(np.asarray(value, np.int64))

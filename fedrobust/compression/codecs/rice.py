@@ -24,12 +24,17 @@ def num_bytes(value: jax.Array, present: jax.Array) -> jax.Array:
         present: [N] bool.
 
     Returns:
-        [] int32; right while the sum of the numbers fits in int32, as gaps of a model's places do.
+        [] int32; right for N < 2**26 while the bits fit in int32, whatever the sum of the numbers.
     """
-    r = jnp.arange(NUM_PARAMETERS)
-    quotients = jnp.sum(jnp.where(present, value, 0)[:, None] >> r, axis=0)
-    bits = jnp.min(quotients + jnp.sum(present) * (1 + r))
+    r = jnp.arange(NUM_PARAMETERS, dtype=jnp.uint32)
+    quotients = jnp.where(present, value, 0).astype(jnp.uint32)[:, None] >> r
+    sums = jax.lax.reduce(quotients, np.uint32(0), _capped_sum, (0,))  # a sum that is cut off is never the least
+    bits = jnp.min(sums + jnp.sum(present).astype(jnp.uint32) * (1 + r))
     return 1 + (bits.astype(jnp.int32) + 7) // 8
+
+
+def _capped_sum(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.minimum(a + b, np.uint32(2**31 - 1))
 
 
 def write(value: np.ndarray) -> bytes:
