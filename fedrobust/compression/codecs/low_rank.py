@@ -36,7 +36,8 @@ def power_sgd(like: Params, *, rank: int) -> Codec:
 
     Guarantees:
         |C(x) - x| <= |x|: C projects onto r columns. A matrix of rank <= r arrives whole, up to rounding, unless the
-        last `right` is orthogonal to it. Biased. An update that is not finite leaves no trace in the state.
+        last `right` is orthogonal to it. Biased. An update that is not finite leaves no trace in the state, nor does
+        one of zeros.
 
     Source: Vogels, Karimireddy, Jaggi, PowerSGD, 2019, https://arxiv.org/abs/1905.13727, algorithm 1. Deviations: each
         client has factors of its own, where the paper averages them between the steps; columns are made orthonormal by
@@ -61,7 +62,7 @@ def power_sgd(like: Params, *, rank: int) -> Codec:
             x = x.astype(jnp.float32)
             code.append(_factors(x.reshape(size), next(last)) if yes else x)
         right = [part.right for part, yes in zip(code, is_factored, strict=True) if yes]
-        return code, [jnp.where(jnp.all(jnp.isfinite(new)), new, old) for new, old in zip(right, state, strict=True)]
+        return code, [_remembered(new, old) for new, old in zip(right, state, strict=True)]
 
     def decode(code: list[Any]) -> Params:
         whole = [
@@ -82,6 +83,11 @@ def power_sgd(like: Params, *, rank: int) -> Codec:
 def _factors(matrix: jax.Array, start: jax.Array) -> Factors:
     left, _ = jnp.linalg.qr(matrix @ start)
     return Factors(left, matrix.T @ left)
+
+
+def _remembered(new: jax.Array, old: jax.Array) -> jax.Array:
+    """What the next iteration starts with: a column of zeros would never find anything again."""
+    return jnp.where(jnp.all(jnp.isfinite(new)) & jnp.any(new != 0, axis=0), new, old)
 
 
 def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
