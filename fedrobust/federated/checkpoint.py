@@ -1,5 +1,6 @@
 """Federated state on disk: saved whole or not at all, restored to the bit."""
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,8 @@ import chex
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+
+from fedrobust import check
 
 
 def save(folder: Path, step: int, state: Any) -> None:
@@ -16,9 +19,16 @@ def save(folder: Path, step: int, state: Any) -> None:
         folder: made if it is not there; belongs to checkpoints alone.
         step: rounds done, >= 0, larger than those saved before.
         state: a pytree of arrays.
+
+    Raises:
+        ValueError: a step that is not larger.
     """
     with _manager(folder) as manager:
-        manager.save(step, args=ocp.args.StandardSave(jax.tree.map(np.asarray, state)))
+        before = manager.latest_step()
+        above = -1 if before is None else before
+        check.require(step > above, "step", step, f"a whole number > {above}")
+        arrays = jax.tree.map(np.asarray, state)
+        manager.save(step, args=ocp.args.StandardSave(arrays), custom_metadata={"digest": _digest(arrays)})
         manager.wait_until_finished()
 
 
@@ -45,9 +55,20 @@ def latest(folder: Path, like: Any) -> tuple[int, Any] | None:
         try:
             state = manager.restore(step, args=ocp.args.StandardRestore(target))
             chex.assert_trees_all_equal_shapes_and_dtypes(state, target)
-        except (ValueError, KeyError, TypeError, AssertionError) as error:
+            digest = _digest(state)  # a file without one is of an earlier version
+            saved = (manager.metadata(step).custom_metadata or {}).get("digest", digest)
+            check.require(saved == digest, "digest", digest, saved)
+        except (ValueError, KeyError, TypeError, AssertionError, FileNotFoundError) as error:
             raise ValueError(f"checkpoint {folder / str(step)} is damaged or of another training: remove it") from error
         return step, state
+
+
+def _digest(state: Any) -> str:
+    digest = hashlib.sha256()
+    for leaf in map(np.asarray, jax.tree.leaves(state)):
+        digest.update(f"{leaf.dtype} {leaf.shape}".encode())
+        digest.update(leaf.tobytes())
+    return digest.hexdigest()
 
 
 def _manager(folder: Path) -> ocp.CheckpointManager:

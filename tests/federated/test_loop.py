@@ -3,6 +3,7 @@
 import collections
 import functools
 import logging
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -150,6 +151,34 @@ def test_the_state_of_another_training_is_one_line(other, tmp_path):
     save(tmp_path, 3, other)
     with pytest.raises(ValueError, match=r"^checkpoint .*3 is damaged or of another training: remove it$"):
         latest(tmp_path, {"w": np.zeros(2), "b": np.zeros(2)})
+
+
+@pytest.mark.parametrize("step", [5, 3, -1])
+def test_a_step_that_is_not_larger_is_refused_and_the_last_state_stays(step, tmp_path):
+    save(tmp_path, 5, {"w": np.zeros(2)})
+    with pytest.raises(ValueError, match=rf"^step is {step}: must be a whole number > 5$"):
+        save(tmp_path, step, {"w": np.ones(2)})
+    assert latest(tmp_path, {"w": np.ones(2)})[1]["w"].tolist() == [0, 0]
+    with pytest.raises(ValueError, match=r"^step is -1: must be a whole number > -1$"):
+        save(tmp_path / "new", -1, {"w": np.ones(2)})
+
+
+def test_a_state_that_changed_on_disk_is_not_believed(tmp_path):
+    state = {"w": np.random.default_rng(0).normal(size=(200, 200)).astype(np.float32)}
+    save(tmp_path, 1, state)
+    largest = max(tmp_path.rglob("*"), key=lambda path: path.stat().st_size)
+    whole = largest.read_bytes()
+    assert len(whole) > 100_000
+    for changed in (whole[:50_000] + bytes([whole[50_000] ^ 1]) + whole[50_001:], whole[:50_000]):
+        largest.write_bytes(changed)
+        with pytest.raises(ValueError, match=r"^checkpoint .*1 is damaged or of another training: remove it$"):
+            latest(tmp_path, state)
+    largest.write_bytes(whole)
+    np.testing.assert_array_equal(latest(tmp_path, state)[1]["w"], state["w"])
+    for path in (tmp_path / "1" / "default").iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with pytest.raises(ValueError, match=r"^checkpoint .*1 is damaged or of another training: remove it$"):
+        latest(tmp_path, state)
 
 
 def test_the_last_whole_state_is_restored_with_its_structure_and_dtypes(tmp_path):
