@@ -39,8 +39,8 @@ def distillation_loss(
         apply: the student, `(params, image[B,H,W,C]) -> logits[B,L]`.
         teacher: `image[B,H,W,C] -> logits[B,L]`, every row from its own image alone, over the same classes; a constant.
         temperature: T > 0; larger ones tell more of the classes that the teacher ranks low.
-        label_share: weight of the label in [0, 1]; at 1 the teacher is never asked: the attack makes the label's loss
-            large.
+        label_share: weight of the label in [0, 1]; at 0 labels are never read, at 1 the teacher is never asked: the
+            attack makes the label's loss large.
         attack: what makes an objective large, such as `lambda objective: pgd(..., objective=objective)`. An attack that
             has an objective of its own is `lambda _: attack`. None distils on clean images.
         clean_share: weight of the clean image in [0, 1]; at 0 no clean pass of the student is computed, at 1 no attack.
@@ -69,6 +69,8 @@ def distillation_loss(
         def term(logits: jax.Array) -> jax.Array:
             if label_share == 1:
                 return of_label(logits, label)
+            if label_share == 0:
+                return divergence(logits, label)  # public images may have labels of other classes, or none
             return label_share * of_label(logits, label) + (1 - label_share) * divergence(logits, label)
 
         if attack is None or clean_share == 1:

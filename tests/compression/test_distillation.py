@@ -81,6 +81,15 @@ def test_the_clean_loss_is_the_papers(label_share):
     np.testing.assert_allclose(value(label_share=label_share), paper_term(IMAGE, label_share), rtol=1e-4)
 
 
+@pytest.mark.parametrize("label", [-1, 99])
+def test_at_share_zero_labels_are_never_read(label):
+    """Public images may have none, or those of other classes."""
+    for settings in ({}, {"attack": attack, "clean_share": 0.5}):
+        loss = jax.jit(build(label_share=0.0, **settings))
+        expected, found = (loss(KEY, STUDENT, IMAGE, y) for y in (LABEL, np.full(5, label)))
+        np.testing.assert_array_equal(found, expected)
+
+
 @pytest.mark.parametrize("clean_share", [0.0, 0.25, 1.0])
 def test_the_adversarial_loss_is_the_papers_at_the_papers_sample(clean_share):
     expected = clean_share * paper_term(IMAGE) + (1 - clean_share) * paper_term(paper_sample())
