@@ -74,7 +74,7 @@ def trimmed_mean(trim_fraction: float) -> Aggregator:
     """
     check.require(0 <= trim_fraction < 0.5, "trim_fraction", trim_fraction, "in [0, 0.5)")
     # 0.29 * 100 is 28.999999999999996 in floats; nobody means 28
-    return _of_sorted(lambda num_present: math.floor(trim_fraction * num_present + 1e-9))
+    return _of_sorted(lambda num: min(math.floor(trim_fraction * num + 1e-9), max(num - 1, 0) // 2))
 
 
 def _of_sorted(num_trimmed: Callable[[int], int]) -> Aggregator:

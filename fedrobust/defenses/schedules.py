@@ -32,7 +32,7 @@ def linear_warmup(*, num_rounds: int, share: float) -> Schedule:
     """
     check.at_least("num_rounds", num_rounds, 1)
     check.fraction("share", share)
-    length = max(1, math.ceil(share * num_rounds))
+    length = max(1, math.ceil(share * num_rounds - 1e-9))  # 0.07 * 100 is 7.000000000000001 in floats
 
     def factor(round: int | jax.Array) -> jax.Array:
         return jnp.minimum(1.0, (round + 1) / length)

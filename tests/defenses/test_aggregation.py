@@ -119,6 +119,14 @@ def test_trimming_counts_as_written_not_as_rounded():
         assert num_trimmed(jnp.ones(num_clients)) == expected
 
 
+def test_however_large_the_fraction_something_is_left():
+    """Just below one half rounding would leave out all of an even number; the median's two are left."""
+    fraction, (updates, weight) = float(np.nextafter(0.5, 0)), draw(6, 6)
+    update, _, info = jax.jit(trimmed_mean(fraction).apply)(KEY, (), updates, weight)
+    np.testing.assert_allclose(update, np.median(updates[weight > 0], axis=0), rtol=1e-5, atol=1e-6)
+    assert info.num_trimmed == 2
+
+
 def test_dtypes_and_the_registry():
     assert set(AGGREGATORS) == set(BUILD)
     for name in BUILD:

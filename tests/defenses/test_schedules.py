@@ -14,6 +14,7 @@ def over(schedule, num_rounds):
 
 def test_a_warm_up_by_hand():
     np.testing.assert_allclose(over(linear_warmup(num_rounds=10, share=0.25), 5), [1 / 3, 2 / 3, 1, 1, 1], rtol=1e-6)
+    assert over(linear_warmup(num_rounds=100, share=0.07), 7)[6] == 1  # 0.07 * 100 is 7.000000000000001 in floats
 
 
 @pytest.mark.parametrize(("num_rounds", "share"), [(1, 0.0), (1, 1.0), (7, 0.0), (7, 0.5), (7, 1.0), (300, 0.3)])
@@ -50,6 +51,8 @@ def test_cycles_repeat_rise_fall_and_average_one_half(num_rounds, peak, num_cycl
         (linear_warmup, {"num_rounds": 5, "share": 1.5}, "share"),
         (cyclic, {"num_rounds": 0, "peak": 0.5}, "num_rounds"),
         (cyclic, {"num_rounds": 5, "peak": 1.0}, "peak"),
+        (cyclic, {"num_rounds": 5, "peak": 0.0}, "peak"),
+        (cyclic, {"num_rounds": 5, "peak": 0.5, "num_cycles": 0}, "num_cycles"),
         (cyclic, {"num_rounds": 5, "peak": 0.5, "num_cycles": 2}, "num_cycles"),
     ],
 )
