@@ -41,7 +41,8 @@ def qsgd(like: Params, *, num_levels: int) -> Codec:
         ValueError: num_levels out of range.
 
     Guarantees:
-        E C(x) = x; for each leaf of n numbers E |C(x) - x|^2 <= min(n / s^2, sqrt(n) / s) |x|^2, s = num_levels.
+        E C(x) = x; for each leaf of n numbers E |C(x) - x|^2 <= min(n / s^2, sqrt(n) / s) |x|^2, s = num_levels. Where
+        a leaf's norm is below 1e-18, zeros may arrive, and NaN where it is above 1e18: float32 holds no such squares.
 
     Source: Alistarh et al., QSGD, 2017, https://arxiv.org/abs/1610.02132, section 3.1 and lemma 3.1. Deviation: a leaf
         is a bucket; Golomb codes where the paper has Elias'.
