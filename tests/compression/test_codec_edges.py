@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedrobust.compression.codecs import power_sgd, qsgd, random_k, sign, terngrad, top_k
+from fedrobust.compression.codecs import error_feedback, power_sgd, qsgd, random_k, sign, terngrad, top_k
 
 KEY = jax.random.key(0)
 UPDATE = {"b": jnp.asarray([1.0, -2.0, 0.5]), "w": jnp.arange(30.0).reshape(6, 5) + 1}
@@ -50,3 +50,13 @@ def test_an_update_of_zeros_does_not_blind_power_sgd():
     corner[0, 0] = 1  # of rank one: the second column finds nothing
     _, after = encode(KEY, start, corner)
     np.testing.assert_allclose(codec.decode(encode(KEY, after, matrix)[0]), matrix, atol=1e-5)
+
+
+def test_what_was_not_said_is_said_in_the_next_turns():
+    update = jnp.asarray([5.0, -4.0, 1.0])
+    codec = error_feedback(top_k(update, share=0.3))
+    state, said = codec.init(update), []
+    for now in (update, 0 * update, 0 * update):
+        code, state = codec.encode(KEY, state, now)
+        said.append(codec.decode(code).tolist())
+    assert said == [[5, 0, 0], [0, -4, 0], [0, 0, 1]]

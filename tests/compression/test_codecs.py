@@ -252,9 +252,9 @@ def test_power_sgd_sends_a_matrix_of_its_rank_whole_and_finds_the_best_one_over_
 
 
 def test_power_sgd_sends_numbers_themselves_where_factors_are_no_smaller():
-    small = {"w": np.eye(2, 4, dtype=np.float32), "s": np.float32(3)}
+    small = {"w": np.eye(2, 4, dtype=np.float32), "s": np.float32(3), "x": np.eye(4, dtype=np.float32)}
     codec = power_sgd(small, rank=2)
-    assert codec.num_bits(zeros(codec.shape)) == 32 * 9
+    assert codec.num_bits(zeros(codec.shape)) == 32 * (9 + 16)
     assert (arrives(codec, small) == flat(small)).all()
 
 
