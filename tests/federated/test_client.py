@@ -120,3 +120,13 @@ def test_a_skipped_batch_draws_and_moves_nothing_and_a_counted_one_does():
     assert not any(np.any(x) for x in jax.tree.leaves(skipped))
     steps = [jax.random.normal(jax.random.fold_in(KEY, s), (4, 3)) for s in range(len(STEPS))]
     np.testing.assert_allclose(counted["w"], -np.sum(steps, axis=0), rtol=1e-4, atol=1e-5)
+
+
+def test_weights_decay_from_where_local_training_stands():
+    """With no gradient each step leaves 0.9 of the parameters."""
+    optimizer = optax.chain(optax.add_decayed_weights(0.1), optax.sgd(1.0))
+    still = local_update(
+        lambda key, params, batch: (jax.tree.map(jnp.zeros_like, params), ()), optimizer, skip_empty=False
+    )
+    change, _ = still(KEY, PARAMS, make_batch(6, STEPS, STEPS.shape))
+    close(change, {name: (0.9 ** len(STEPS) - 1) * x for name, x in PARAMS.items()})

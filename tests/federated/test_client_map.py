@@ -126,3 +126,10 @@ def test_the_default_backend_is_one_of_them():
 def test_a_bad_setting_of_the_map_is_named(name, settings):
     with pytest.raises(ValueError, match=f"^{name} is "):
         map_clients(gradient_at, **settings)
+
+
+@pytest.mark.parametrize(("count", "expected"), [(1, "vmap"), (4, "shard_map")])
+def test_accelerators_take_all_clients_at_once_and_share_them_where_there_are_several(count, expected, monkeypatch):
+    monkeypatch.setattr("jax.default_backend", lambda: "gpu")
+    monkeypatch.setattr("jax.device_count", lambda: count)
+    assert default_backend() == expected

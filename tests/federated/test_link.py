@@ -125,6 +125,30 @@ def test_clients_draw_codes_by_identity():
     assert not close(one.params, named.params)
 
 
+def showing_keys(like):
+    """A codec that remembers the first number of the stream that it was given."""
+
+    def encode(key, state, update):
+        del state
+        return update, jax.random.bits(key)
+
+    return identity(like)._replace(init=lambda params: jnp.uint32(0), encode=encode)
+
+
+def test_codes_are_drawn_from_streams_of_their_own():
+    def client(key, params, batch):
+        del batch
+        return params, jax.random.bits(key)
+
+    codec = showing_keys(PARAMS)
+    algorithm = build(client=client, codec=codec, num_clients=NUM_CLIENTS, downlink=codec)
+    state, info = jax.jit(algorithm.round)(KEY, algorithm.init(PARAMS), make_cohort([1, 2], [1, 1], [3, 0]))
+    own = keys.per_client(keys.stream(KEY, "uplink"), jnp.asarray([3, 0]))
+    assert state.link.uplink[jnp.asarray([3, 0])].tolist() == jax.vmap(jax.random.bits)(own).tolist()
+    drawn = [*state.link.uplink[jnp.asarray([3, 0])].tolist(), int(state.link.downlink), *info.client.tolist()]
+    assert len({*drawn, int(jax.random.bits(KEY))}) == 6
+
+
 def test_malicious_clients_say_what_the_attack_made_of_their_update():
     def lie(key, updates, malicious):
         del key
