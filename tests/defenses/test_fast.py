@@ -60,6 +60,33 @@ def test_one_step_of_one_and_a_quarter_radii_from_a_random_start():
     assert abs(at_the_edge - 5 / 8) < 5 * np.sqrt(15 / 64 / 240)  # u > -eps / 4; false failures 6e-7
 
 
+def test_it_steps_over_a_peak_too_and_does_not_stay_at_its_start():
+    """From u in [-eps, eps] a full step towards the peak at 0 ends in a distance of 0.25 eps to eps behind it."""
+
+    def peak(x):
+        margin = -jnp.square(x[:, 0, 0, 0] - 0.5)
+        return jnp.stack([-margin, margin], 1)
+
+    image = np.full((200, 1, 1, 1), 0.5, np.float32)
+    attack = fast_attack(pgd, norm="linf", eps=EPS)
+    found = COMPILED(lambda: attack(KEY, peak, image, np.zeros(200, np.int32)))()
+    assert np.abs(found - 0.5).min() >= 0.25 * EPS - 1e-6
+
+
+def test_both_gradients_are_drawn_with_a_key_of_their_own():
+    seen = {}
+
+    def note(name):
+        def loss(key, params, image, label):
+            seen[name] = jax.random.key_data(key).tolist()
+            return jnp.sum(image, axis=(1, 2, 3))
+
+        return loss
+
+    align_gradients(note("loss"), note("straightened"), eps=EPS, weight=WEIGHT)(KEY, CURVE, IMAGE, LABEL)
+    assert len({tuple(x) for x in (*seen.values(), jax.random.key_data(jax.random.split(KEY, 3)[1]).tolist())}) == 3
+
+
 def slopes(function, curve):
     steps = 1e-6 * np.eye(6)
     return np.array([(function(curve + s) - function(curve - s)).sum() / 2e-6 for s in steps])

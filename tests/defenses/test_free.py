@@ -111,6 +111,32 @@ def test_padding_is_nothing_whatever_it_holds():
     assert found[0] == found[1] == found[2]
 
 
+def test_weights_decay_from_where_the_replays_stand():
+    """With no gradient each of the steps and replays leaves 0.9 of the parameters."""
+    optimizer = optax.chain(optax.add_decayed_weights(0.1), optax.sgd(1.0))
+    loss = lambda key, params, image, label: 0 * image[:, 0, 0, 0]  # noqa: E731
+    update = free_update(loss, optimizer, ascent(), num_replays=REPLAYS, skip_empty=False)
+    change, _ = COMPILED(update)(KEY, PARAMS, BATCH)
+    np.testing.assert_allclose(change["w"], (0.9 ** (NUM_STEPS * REPLAYS) - 1) * PARAMS["w"], rtol=1e-5)
+
+
+def test_a_start_draws_from_a_stream_that_no_replay_has():
+    def grad(key, params, batch):
+        return jax.tree.map(jnp.zeros_like, params), (jax.random.bits(key), batch.image[0])
+
+    moves = ascent()._replace(start=lambda key, image: jnp.zeros_like(image) + jax.random.uniform(key))
+    moves = moves._replace(step=lambda image, point, gradient: point)
+    update = free_update(
+        LOSS, optax.sgd(0.0), moves, num_replays=REPLAYS, skip_empty=False, private=lambda num_replays: grad
+    )
+    _, (bits, points) = COMPILED(update)(KEY, PARAMS, BATCH)
+    for s in range(NUM_STEPS):
+        of_batch = jax.random.fold_in(KEY, s)
+        assert (points[s] == jax.random.uniform(jax.random.fold_in(of_batch, REPLAYS))).all()
+        replays = [jax.random.split(jax.random.fold_in(of_batch, r))[0] for r in range(REPLAYS)]
+        assert bits[s].tolist() == [int(jax.random.bits(key)) for key in replays]
+
+
 CLIP_NORM = 0.4
 
 

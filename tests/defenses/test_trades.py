@@ -148,6 +148,23 @@ def test_the_sample_lies_in_the_attacks_ball_and_box_whatever_the_noise():
     assert (sample != image).any()
 
 
+def test_the_attack_never_shows_the_model_anything_outside_the_box():
+    seen = []
+
+    def watched(params, x):
+        seen.append(np.asarray(x))
+        return linear(params, x)
+
+    def look(objective):
+        return lambda key, logits_fn, image, label: (logits_fn(image), image)[1]
+
+    image = np.round(IMAGE)  # at the edges of the box
+    build(watched, look, start_stddev=0.5)(KEY, PARAMS, image, LABEL)
+    assert [len(x) for x in seen] == [5, 5, 10]
+    assert all(x.min() >= 0 and x.max() <= 1 for x in seen)
+    assert (seen[1] != image).any()
+
+
 def test_no_attack_at_beta_zero_and_an_objective_of_its_own_is_welcome():
     def forbidden(objective):
         raise AssertionError("attacked")
