@@ -11,6 +11,7 @@ from safetensors.numpy import save_file
 from fedrobust import models, trees
 from fedrobust.compression import (
     Quantized,
+    artifact,
     calibrate,
     dequantize,
     find_channels,
@@ -145,6 +146,34 @@ def test_another_model_of_the_same_size_is_refused(tmp_path, stored):
         other = {new if name == old else name: x for name, x in params.items()}
         with pytest.raises(ValueError, match=r"model: holds a model with other parameters$"):
             load(path, lambda p, x: x, other, IMAGE[:1])
+
+
+def product(params, x):
+    return jnp.maximum(x.reshape(len(x), 4) @ params["a"], 0) @ params["b"]
+
+
+def test_a_shrunk_model_of_equal_shapes_but_other_units_is_refused(tmp_path):
+    """The other model reads the same matrices the other way round."""
+    params = {"a": jnp.asarray(np.random.default_rng(0).normal(size=(4, 4)), jnp.float32), "b": jnp.eye(4) + 0.5}
+    swapped = lambda p, x: product({"a": p["b"], "b": p["a"]}, x)  # noqa: E731
+    image = jax.ShapeDtypeStruct((1, 2, 2, 1), jnp.float32)
+    channels = find_channels(product, params, image)
+    chosen = masks(channels, params, sparsity=0.5)
+    small, _ = shrink(product, channels, params, chosen)
+    save(tmp_path / "model", small, channels=channels, masks=chosen, guarantee={})
+    assert load(tmp_path / "model", product, params, image)[0]["a"].shape == (4, 2)
+    with pytest.raises(ValueError, match=r"model: holds a model with other parameters$"):
+        load(tmp_path / "model", swapped, params, image)
+
+
+def test_a_file_of_another_format_is_named(case, tmp_path, monkeypatch):
+    path = tmp_path / "model"
+    with monkeypatch.context() as past:
+        past.setattr(artifact, "VERSION", "1")
+        save(path, case.params, guarantee={})
+    for read in (guarantee, lambda path: load(path, case.apply, case.params, IMAGE[:1])):
+        with pytest.raises(ValueError, match=r"model: has format '1', this library reads '2'$"):
+            read(path)
 
 
 def test_any_safetensors_tool_can_open_the_file(case, tmp_path):

@@ -11,7 +11,7 @@ from flax import linen as nn
 from jax import lax
 
 from fedrobust import models, ops
-from fedrobust.compression import dequantize, quantize
+from fedrobust.compression import dequantize, fake_quantize_inputs, quantize
 from fedrobust.compression.export import load_onnx, load_stablehlo, save_onnx, save_stablehlo
 
 SHAPE = (6, 6, 4)
@@ -157,6 +157,21 @@ def test_a_rounded_input_is_what_quantize_linear_says(tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    ("apply", "kernel"),
+    [
+        (lambda p, x: flat(conv(x, p)), KERNEL),
+        (lambda p, x: flat(jnp.einsum("bhwi,iog->bhwog", x, p)), KERNEL[0, :2].transpose(1, 0, 2)),
+    ],
+)
+def test_the_input_of_every_kind_of_layer_is_rounded(tmp_path, apply, kernel):
+    ranges = {0: (0.05, -100)}  # 20 steps from 0 to 1
+    save_onnx(tmp_path / "m.onnx", apply, kernel, image_shape=SHAPE, guarantee={}, ranges=ranges)
+    expected = fake_quantize_inputs(apply, ranges)(kernel, images(3))
+    np.testing.assert_allclose(load_onnx(tmp_path / "m.onnx")(images(3)), expected, rtol=1e-4, atol=1e-4)
+    assert np.abs(expected - apply(kernel, images(3))).max() > 0.01
+
+
 def test_stablehlo_runs_without_the_model_at_every_batch_size(tmp_path):
     apply = lambda p, x: flat(ops.max_pool(ops.conv(x, p), (2, 2)))  # noqa: E731
     size = save_stablehlo(tmp_path / "m", apply, KERNEL, image_shape=SHAPE, guarantee={"epsilon": 3.0})
@@ -197,6 +212,12 @@ def test_a_model_that_differs_in_onnxruntime_is_not_written(tmp_path):
     """One over the batch size is a constant at each size at which the model is read."""
     with pytest.raises(RuntimeError, match=r"onnxruntime's logits differ by"):
         save_onnx(tmp_path / "m", lambda p, x: x.mean((1, 2)) @ p / x.shape[0], DENSE, image_shape=SHAPE, guarantee={})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_of_no_numbers_is_not_written(tmp_path):
+    with pytest.raises(RuntimeError, match=r"onnxruntime's logits differ by nan"):
+        save_onnx(tmp_path / "m", lambda p, x: jnp.log(x.mean((1, 2)) - 2) @ p, DENSE, image_shape=SHAPE, guarantee={})
     assert list(tmp_path.iterdir()) == []
 
 

@@ -113,6 +113,13 @@ def test_slopes_are_those_of_the_rounded_inputs_inside_the_range_and_none_outsid
     np.testing.assert_allclose(of_x, np.where(inside, y @ w.T, 0), rtol=1e-5, atol=1e-5)
 
 
+def test_what_lies_on_the_ends_of_a_range_keeps_its_slope():
+    x = jnp.asarray([[-130.0, -128.0, 5.0, 127.0, 129.0]])
+    aware = fake_quantize_inputs(lambda w, x: x @ w, {0: (1.0, 0)})
+    slope = jax.grad(lambda x: jnp.sum(aware(jnp.ones((5, 1)), x)))(x)
+    assert slope.tolist() == [[0, 1, 1, 1, 0]]
+
+
 def test_weights_trained_with_clipped_inputs_serve_better_than_weights_that_never_saw_them():
     x = RNG.normal(size=(256, 8)) ** 3  # long tails
     y = x @ RNG.normal(size=(8, 4))

@@ -117,6 +117,52 @@ def test_sums_beyond_24_bits_are_exact_too():
     assert 9 * 9 * 8 * 255 * 255 > 2**24
 
 
+@pytest.mark.parametrize("zero", [-128, 127])
+def test_sums_of_the_largest_differences_from_both_zero_points_are_exact(zero):
+    """Up to 255 * 255 a product, four times as much as of values alone: 258 of them fit in float32."""
+    q, value = RNG.integers(50, 128, size=(2, 700)), RNG.integers(50, 128, size=(700, 64))
+    q = q if zero < 0 else -q
+    low = jnp.full(64, -128, jnp.int8)
+    layer = layer_of(lambda w, x: x @ w, jnp.zeros((700, 64)), jnp.zeros((2, 700)), 1.0, zero)
+    found = accumulate(layer, jnp.asarray(q - zero, jnp.float32), jnp.asarray(value, jnp.int8), low)
+    expected = (q - zero) @ (value + 128)
+    assert np.abs(expected).max() > 2**24
+    np.testing.assert_array_equal(found, expected.astype(np.float32))
+
+
+def test_the_straight_through_slope_of_a_sum_in_parts_is_that_of_all_parts():
+    value = jnp.asarray(RNG.integers(-127, 128, size=(700, 2)), jnp.int8)
+    layer = layer_of(lambda w, x: x @ w, jnp.zeros((700, 2)), jnp.zeros((1, 700)), 0.5, -128)
+    total = lambda x: accumulate(layer, x, value, None, straight_through=True)[0, 0]  # noqa: E731
+    np.testing.assert_array_equal(jax.grad(total)(jnp.full((1, 700), 9.0))[0], 2.0 * np.int64(value[:, 0]))
+
+
+def test_a_grouped_convolution_that_float32_cannot_hold_is_refused_and_int8_does_it():
+    quantized = quantize(jnp.asarray(RNG.normal(size=(9, 9, 8, 2)), jnp.float32))
+    x = jnp.asarray(RNG.uniform(size=(1, 9, 9, 16)), jnp.float32)
+    layer = layer_of(convolution(groups=2), jnp.zeros((9, 9, 8, 2)), x, 1 / 255, -128)
+    with pytest.raises(ValueError, match=r"^a sum in float32 is \d+: must be at most 16777216, or a sum over groups"):
+        accumulate(layer, x, quantized.value, None)
+    exact = loops(integers(np.asarray(x), 1 / 255, -128), np.int64(quantized.value), -128, groups=2)
+    np.testing.assert_array_equal(accumulate(layer, x, quantized.value, None, arithmetic="int8"), exact)
+
+
+def test_a_percentile_cuts_both_ends():
+    x = RNG.normal(size=(50, 1, 1, 20)).astype(np.float32)
+    flat = lambda w, x: x.reshape(len(x), -1) @ w  # noqa: E731
+    ((scale, zero),) = calibrate(flat, jnp.ones((20, 1)), x, percentile=90.0).values()
+    low, high = np.percentile(x, [10, 90])
+    np.testing.assert_allclose(scale, (high - low) / 255, rtol=1e-5)
+    assert zero == round(-128 - low / scale)
+
+
+def test_a_product_of_two_parameters_is_no_layer():
+    params = {"a": jnp.ones((4, 3)), "b": jnp.ones((3, 2))}
+    image = IMAGE[:, :2, :2]
+    both = lambda p, x: x.reshape(len(x), -1) @ (p["a"] @ p["b"])  # noqa: E731
+    assert calibrate(both, params, image) == {}
+
+
 def test_more_products_than_32_bits_hold_are_refused():
     w = jnp.zeros((33026, 1))
     layer = layer_of(lambda w, x: x @ w, w, jnp.zeros((1, 33026)), 1.0, 0)

@@ -437,6 +437,24 @@ def test_shrink_compares_by_itself_and_refuses_what_is_not_the_masked_model():
     shrink(net.apply, channels, net.params, half, verify=False)
 
 
+def test_the_difference_that_is_taken_for_rounding_grows_with_the_logits():
+    """Logits of about 1e6, summed up over 200 of 400 units in another order where the others are gone."""
+    net = plain({"a": (128, 400), "d": (400, 3)}, lambda p, x: jnp.tanh(x.reshape(len(x), -1) @ p["a"]) @ p["d"])
+    params = {**net.params, "d": 1e6 * net.params["d"]}
+    channels = find_channels(net.apply, params, ONE)
+    half = masks(channels, params, sparsity=0.5)
+    assert max_difference(net.apply, channels, params, half, IMAGE) > 1e-3
+    shrink(net.apply, channels, params, half, image=IMAGE)
+
+
+def test_a_tree_of_other_shapes_is_not_cut():
+    net = residual()
+    channels = find_channels(net.apply, net.params, ONE)
+    ones = jax.tree.map(jnp.ones_like, net.params)
+    with pytest.raises(ValueError, match=r"^tree is 'a tree of 4 leaves': must be of .*$"):
+        slice_tree(channels, ones, {**net.params, "d": jnp.ones((7, 3))})
+
+
 def test_shrink_compares_on_the_image_it_is_given():
     seen = []
     net = residual()

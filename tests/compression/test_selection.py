@@ -15,6 +15,7 @@ from fedrobust.compression import (
     num_kept,
     taylor_scores,
 )
+from fedrobust.compression.selection import num_removed
 from fedrobust.types import Batch
 
 ONE = jax.ShapeDtypeStruct((1, 4, 4, 2), jnp.float32)
@@ -174,6 +175,34 @@ def test_global_scores_are_compared_relative_to_their_group():
     small[LAST] = 0.0  # nothing in this group matters: all but one of it go first
     keep = kept_units(CHANNELS, masks(CHANNELS, PARAMS, sparsity=7 / 14, score=small, scope="global"))
     assert keep[STREAM].all() and keep[LAST].sum() == 1
+
+
+def test_fpgm_compares_units_of_unequal_sizes_as_if_padded_with_zeros():
+    """By hand: (3, 0) and (0, 4), of which the first has one number only."""
+    unit = ((np.array([0, 1, 1]),),)
+    channels = CHANNELS._replace(unit=unit, group=np.zeros(2, int), shapes=((3,),), structure=jax.tree.structure(0))
+    assert SCORES["fpgm"](channels, np.array([3.0, 0.0, 4.0]), None).tolist() == [5, 5]
+
+
+def test_fpgm_of_almost_equal_units_is_a_number():
+    """Their squared distances drown in what is rounded off, on either side of zero."""
+    rows = np.random.default_rng(0).normal(size=40) + 1e-10 * np.random.default_rng(1).normal(size=(6, 40))
+    unit = ((np.arange(6), np.full(40, -1)),)
+    shape = {"group": np.zeros(6, int), "shapes": ((6, 40),), "structure": jax.tree.structure(0)}
+    found = SCORES["fpgm"](CHANNELS._replace(unit=unit, **shape), rows, None)
+    assert (found >= 0).all() and found.max() < 1e-5
+
+
+def test_a_share_counts_as_written_not_as_rounded():
+    """0.29 * 100 is 28.999999999999996 in floats."""
+    assert [num_removed(share, 100) for share in (0.29, 0.57, 0.58, 0.0, 0.999)] == [29, 57, 58, 0, 99]
+
+
+def test_a_wide_group_does_not_look_dispensable_for_being_wide():
+    score = np.ones(14)
+    score[STREAM[2]], score[LAST[3]] = 0.9, 0.95  # of six and of eight units
+    keep = kept_units(CHANNELS, masks(CHANNELS, PARAMS, sparsity=1 / 14, score=score, scope="global"))
+    assert np.flatnonzero(~keep).tolist() == [STREAM[2]]
 
 
 def test_norm_groups_of_four_channels_satisfy_multiples_of_four_by_themselves():

@@ -63,6 +63,7 @@ def test_scopes_differ_where_layers_differ_in_size():
     ("build", "message"),
     [
         (lambda: n_of_m_masks(PARAMS, n=5, m=4), r"n is 5: must be a whole number in \[1, m = 4\]"),
+        (lambda: n_of_m_masks(PARAMS, n=1.5), r"n is 1.5: must be a whole number in \[1, m = 4\]"),
         (lambda: n_of_m_masks(PARAMS, n=0), r"n is 0: must be a whole number in \[1, m = 4\]"),
         (lambda: n_of_m_masks(PARAMS, m=0), "m is 0: must be a whole number >= 1"),
         (lambda: unstructured_masks(PARAMS, sparsity=1.0), r"sparsity is 1.0: must be in \[0, 1\)"),
