@@ -3,6 +3,7 @@
 import json
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import onnx
@@ -13,6 +14,8 @@ from jax import lax
 from fedrobust import models, ops
 from fedrobust.compression import dequantize, fake_quantize_inputs, quantize
 from fedrobust.compression.export import load_onnx, load_stablehlo, save_onnx, save_stablehlo
+from fedrobust.compression.export.graph import Graph
+from fedrobust.compression.export.rules import RULES
 
 SHAPE = (6, 6, 4)
 KERNEL = np.random.default_rng(0).normal(size=(3, 3, 4, 8)).astype(np.float32)
@@ -172,10 +175,25 @@ def test_the_input_of_every_kind_of_layer_is_rounded(tmp_path, apply, kernel):
     assert np.abs(expected - apply(kernel, images(3))).max() > 0.01
 
 
+def test_weights_that_look_like_a_digest_are_left_alone(tmp_path):
+    """The bytes of zeros, written as text, which stand in the digest's place while it is taken."""
+    odd = np.frombuffer(b"0" * 80, np.float32).reshape(4, 5)
+    save_onnx(tmp_path / "m.onnx", lambda p, x: x.mean((1, 2)) @ p, odd, image_shape=SHAPE, guarantee={})
+    np.testing.assert_allclose(load_onnx(tmp_path / "m.onnx")(images(2)), images(2).mean((1, 2)) @ odd, rtol=1e-4)
+
+
+def test_equal_bytes_of_two_dtypes_are_two_tensors():
+    graph = Graph(RULES, "image")
+    names = [graph.store(np.zeros(2, dtype)) for dtype in (np.int32, np.float32, np.int32)]
+    assert names[0] == names[2] != names[1]
+
+
 def test_stablehlo_runs_without_the_model_at_every_batch_size(tmp_path):
     apply = lambda p, x: flat(ops.max_pool(ops.conv(x, p), (2, 2)))  # noqa: E731
     size = save_stablehlo(tmp_path / "m", apply, KERNEL, image_shape=SHAPE, guarantee={"epsilon": 3.0})
     assert size == (tmp_path / "m").stat().st_size
+    exported = jax.export.deserialize(bytearray((tmp_path / "m").read_bytes().split(b"\n", 2)[2]))
+    assert exported.platforms == ("cpu", "cuda", "tpu")
     run = load_stablehlo(tmp_path / "m")
     for num in (1, 9):
         np.testing.assert_allclose(run(images(num)), apply(KERNEL, images(num)), atol=1e-5)

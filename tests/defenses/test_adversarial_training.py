@@ -63,6 +63,23 @@ def test_no_clean_pass_at_share_zero_and_no_attack_at_one():
     build(1.0, attack=forbidden)(KEY, PARAMS, IMAGE, LABEL)
 
 
+def test_attack_and_loss_draw_from_streams_of_their_own():
+    seen = []
+
+    def noted(key, params, image, label):
+        seen.append(tuple(jax.random.key_data(key).tolist()))
+        return jnp.zeros(len(image))
+
+    def still(key, logits_fn, image, label):
+        noted(key, None, image, label)
+        return image
+
+    for share in (0.0, 0.5):
+        seen.clear()
+        build(share, loss=noted, attack=still)(KEY, PARAMS, IMAGE, LABEL)
+        assert len({*seen, tuple(jax.random.key_data(KEY).tolist())}) == 3
+
+
 def test_per_example_gradients_sum_to_the_gradient_of_the_batch():
     loss = build(0.25)
 
