@@ -57,9 +57,10 @@ def test_where_leaks_no_nan_of_the_branch_not_taken():
     assert values(trees.where(jnp.asarray(False), bad, A)) == values(A)
 
 
-def test_norm_is_summed_in_float32_or_wider():
+def test_norms_and_weighted_sums_are_taken_in_float32_or_wider():
     """In bfloat16 a sum of ones stops at 256; in float16 the square of 300 is inf."""
     np.testing.assert_allclose(trees.norm({"x": jnp.ones(10_000, jnp.bfloat16)}), 100, rtol=1e-5)
+    assert trees.weighted_sum(jnp.full(1000, 1e-3), jnp.ones((1000, 1), jnp.bfloat16)) == 1
     np.testing.assert_allclose(trees.norm({"x": jnp.full(2, 300, jnp.float16)}), 300 * np.sqrt(2), rtol=1e-5)
     assert trees.norm({"x": jnp.ones(3, jnp.bfloat16)}).dtype == jnp.float32
 
