@@ -19,7 +19,8 @@ class FederatedState(NamedTuple):
 
     Attributes:
         params: the model that is trained.
-        average: its running average over rounds, the model to keep (equal to params without averaging).
+        average: its running average over rounds, the model to keep (equal to params without averaging), in float32 or
+            wider.
         mask: a pytree like params; what it zeroes stays zero (all ones where nothing is pruned).
         optimizer: state of the server optimizer.
         aggregator: state of the aggregator.
@@ -119,7 +120,7 @@ def fedavg(
     def init(params: Params) -> FederatedState | CodedState:
         start = FederatedState(
             params=params,
-            average=params,
+            average=jax.tree.map(lambda x: jnp.asarray(x, jnp.promote_types(x.dtype, jnp.float32)), params),
             mask=jax.tree.map(jnp.ones_like, params),
             optimizer=server_optimizer.init(params),
             aggregator=aggregator.init(params),

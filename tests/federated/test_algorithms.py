@@ -184,6 +184,21 @@ def test_the_average_by_hand(decay):
         np.testing.assert_allclose([state.params["a"][1], state.average["a"][1]], [params, average], rtol=1e-5)
 
 
+def test_parameters_of_half_precision_are_averaged_in_float32_in_one_program():
+    """The average lies between two numbers of bfloat16."""
+    algorithm = build(average_decay=0.9)
+    start = algorithm.init(jax.tree.map(lambda x: jnp.full(x.shape, 256.0, jnp.bfloat16), PARAMS))
+    step, state, average = jax.jit(algorithm.round), start, 256.0
+    for r in range(3):
+        state, _ = step(KEY, state, make_cohort([8], [1]))
+        now = (1 + r) / (10 + r)
+        average = now * average + (1 - now) * (256 + 8 * (r + 1))
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == jax.tree.map(lambda x: (x.shape, x.dtype), start)
+    assert step._cache_size() == 1
+    assert state.params["a"].dtype == jnp.bfloat16
+    np.testing.assert_allclose(state.average["b"], average, rtol=1e-6)
+
+
 @pytest.mark.parametrize("decay", [-0.1, 1.0, 2.0, np.nan])
 def test_a_bad_decay_is_named(decay):
     with pytest.raises(ValueError, match=r"^average_decay is "):
