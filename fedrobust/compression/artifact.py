@@ -78,7 +78,7 @@ def save(
         check.require(shapes == expected, "params shapes", shapes, f"{expected}, as channels and masks say")
     metadata = {
         "fedrobust": VERSION,
-        "model": _fingerprint(packing.names(values), shapes, channels),
+        "model": _fingerprint(packing.names(values), shapes, channels if keep else None),  # nothing to keep: no units
         "kept": keep,
         "guarantee": guarantee_text(guarantee),
     }

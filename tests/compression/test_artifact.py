@@ -166,6 +166,15 @@ def test_a_shrunk_model_of_equal_shapes_but_other_units_is_refused(tmp_path):
         load(tmp_path / "model", swapped, params, image)
 
 
+def test_a_model_without_units_comes_back(tmp_path):
+    """Nothing of a matrix of pixels and logits can go."""
+    linear = lambda p, x: x.reshape(len(x), 4) @ p["w"]  # noqa: E731
+    params, image = {"w": jnp.arange(12.0).reshape(4, 3)}, jax.ShapeDtypeStruct((1, 2, 2, 1), jnp.float32)
+    channels = find_channels(linear, params, image)
+    save(tmp_path / "model", params, channels=channels, masks=masks(channels, params, sparsity=0.5), guarantee={})
+    np.testing.assert_array_equal(load(tmp_path / "model", linear, params, image)[0]["w"], params["w"])
+
+
 def test_a_file_of_another_format_is_named(case, tmp_path, monkeypatch):
     path = tmp_path / "model"
     with monkeypatch.context() as past:
