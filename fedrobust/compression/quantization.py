@@ -113,7 +113,7 @@ def _whole_range(w: jax.Array, bits: int, symmetric: bool, ratio: float | jax.Ar
     axes = tuple(range(w.ndim - 1))
     low, high = _limits(bits, symmetric)
     if symmetric:
-        scale = _rounded_up(ratio * jnp.max(jnp.abs(w), axis=axes) / high)
+        scale = _rounded_up(ratio * jnp.max(jnp.abs(w), axis=axes, initial=0.0) / high)
         return scale, jnp.zeros(scale.shape, jnp.int8)
     least = ratio * jnp.min(w, axis=axes, initial=0.0)
     scale = _rounded_up((ratio * jnp.max(w, axis=axes, initial=0.0) - least) / (high - low))

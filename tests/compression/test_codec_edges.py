@@ -30,6 +30,14 @@ def test_half_precision_comes_back_as_half_precision():
         assert jax.tree.map(lambda x: (x.shape, x.dtype), found) == jax.tree.map(lambda x: (x.shape, x.dtype), like)
 
 
+def test_a_leaf_without_numbers_is_no_trouble():
+    update = [jnp.zeros((0, 3)), jnp.asarray([1.0, -1.0])]
+    for codec in (sign(update), terngrad(update)):
+        code = codec.deserialize(codec.serialize(codec.encode(KEY, codec.init(update), update)[0]))
+        empty, found = codec.decode(code)
+        assert empty.shape == (0, 3) and np.isfinite(found).all() and found.any()
+
+
 def test_of_random_places_at_least_one_is_sent():
     codec = random_k(UPDATE, share=1e-9, unbiased=False)
     code, _ = codec.encode(KEY, (), UPDATE)

@@ -114,6 +114,12 @@ def test_four_bits_take_the_range_of_least_squared_error(symmetric):
     assert (error < tried[0]).all()
 
 
+@pytest.mark.parametrize(("bits", "symmetric"), KINDS)
+def test_a_weight_without_inputs_stays_without(bits, symmetric):
+    quantized = quantize(jnp.zeros((0, 3)), bits=bits, symmetric=symmetric)
+    assert dequantize(quantized).shape == (0, 3) and quantized.scale.tolist() == [0, 0, 0]
+
+
 def test_bits_that_are_not_known_are_named():
     with pytest.raises(ValueError, match=r"^bits is 3: must be one of 4, 8$"):
         quantize(jnp.ones((2, 2)), bits=3)

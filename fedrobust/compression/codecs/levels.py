@@ -67,7 +67,7 @@ def terngrad(like: Params) -> Codec:
     Source: Wen et al., TernGrad, 2017, https://arxiv.org/abs/1705.07878, equations (3) and (4), a scale per leaf as in
         section 4. Deviation: nothing is clipped, which would be a bias.
     """
-    return _stochastic(like, lambda x: jnp.max(jnp.abs(x)), 1)
+    return _stochastic(like, lambda x: jnp.max(jnp.abs(x), initial=0.0), 1)
 
 
 def sign(like: Params) -> Codec:
