@@ -78,6 +78,7 @@ OPERATIONS = {
     "reductions": lambda p, x: jnp.stack(
         [x.sum((1, 2, 3)), x.max((1, 2, 3)), x.min((1, 2, 3)), x.prod((1, 2, 3)), flat(x).argmax(1).astype(float)], 1
     ),
+    "a reduction of nothing": lambda p, x: flat(x.sum(()) + lax.reduce_max(x, ())),
     "truths": lambda p, x: jnp.stack([jnp.all(flat(x) > 0.01, 1), jnp.any(flat(x) > 0.99, 1)], 1).astype(float),
     "layout": lambda p, x: flat(
         jnp.concatenate([x[:, ::2], x[:, 1:4, :, ::-1], jnp.pad(x, ((0, 0), (0, 1), (0, 0), (2, 0)))[..., :4]], 1)
@@ -223,6 +224,15 @@ def test_a_file_that_is_not_whole_or_not_ours_is_refused(tmp_path, save, load):
 def test_an_operation_that_onnx_does_not_have_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"^apply has the operation 'sort': "):
         save_onnx(tmp_path / "m", lambda p, x: jnp.sort(flat(x), 1) + p[0, 0], DENSE, image_shape=SHAPE, guarantee={})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("apply", [lambda p, x: x.mean((1, 2, 3)), lambda p, x: x.mean((0, 1, 2))[None] @ p])
+def test_logits_of_another_shape_are_refused(tmp_path, apply):
+    with pytest.raises(
+        ValueError, match=r"^apply has logits of \d axes that are not \[B,L\]: cannot be written as ONNX$"
+    ):
+        save_onnx(tmp_path / "m", apply, DENSE, image_shape=SHAPE, guarantee={})
     assert list(tmp_path.iterdir()) == []
 
 

@@ -16,7 +16,7 @@ from onnx import helper
 
 from fedrobust import trace
 from fedrobust.compression.artifact import guarantee_text, write
-from fedrobust.compression.export.graph import SIZES, Graph, Length, Value, Weight, fixed
+from fedrobust.compression.export.graph import SIZES, Graph, Length, Value, Weight, fixed, require_known
 from fedrobust.compression.export.rules import RULES
 from fedrobust.compression.integer import layers_of
 from fedrobust.compression.quantization import Quantized, dequantize, is_weight
@@ -56,8 +56,8 @@ def save_onnx(
         The size of the file in bytes.
 
     Raises:
-        ValueError: a model with an operation that ONNX or this export does not know, or ranges of another model, a
-            guarantee that is not JSON.
+        ValueError: a model with an operation that ONNX or this export does not know or with logits that are not [B,L],
+            ranges of another model, a guarantee that is not JSON.
         RuntimeError: onnxruntime computes other logits than the model; nothing is written. With `ranges` the two are
             not compared: the caller compares labels with its own integer model.
 
@@ -72,6 +72,8 @@ def save_onnx(
     image = Value((Length(1, 0), *fixed(image_shape)), np.dtype(np.float32), name="image")
     graph = Graph(RULES, image.name)
     [logits] = graph.write((programs[0], programs[1]), [*_parameters(params), image], mappings)
+    fits = len(logits.shape) == 2 and logits.shape[0] == Length(1, 0)
+    require_known(fits, f"logits of {len(logits.shape)} axes that are not [B,L]")
     model = _model(graph, graph.use(logits), image_shape, logits.shape[1].plus, guarantee)
     data = _sealed(model)
     if not ranges:

@@ -153,7 +153,10 @@ def _rev(graph: Graph, context: Context, x: Value) -> list[str]:
 
 def _reduce(operator: str) -> Rule:
     def rule(graph: Graph, context: Context, x: Value) -> list[str]:
-        return [graph.add(operator, graph.use(x), graph.ints(*context.settings["axes"]), keepdims=0)]
+        axes = context.settings["axes"]
+        if not axes:
+            return [graph.use(x)]  # ONNX would reduce all of them
+        return [graph.add(operator, graph.use(x), graph.ints(*axes), keepdims=0)]
 
     return rule
 
