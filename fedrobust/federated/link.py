@@ -67,7 +67,7 @@ def link(
 
     Returns:
         A `Link`. A client encodes with the stream "uplink" of its id and its own state; what absent clients remember
-        stays, to the bit. A present id of N or more would find NaN to remember, and lets it arrive.
+        stays, to the bit. A present id outside [0, N) would find NaN to remember, and lets it arrive.
 
     Raises:
         ValueError: one of codec and num_clients without the other, or num_clients below 1.
@@ -85,12 +85,13 @@ def link(
     def up(key: Key, state: Any, updates: Params, client_id: jax.Array, weight: jax.Array) -> tuple[Params, Any, Any]:
         if codec is None:
             return updates, state, ()
-        own = jax.tree.map(lambda x: x.at[client_id].get(mode="fill"), state.uplink)
+        nowhere = jnp.iinfo(jnp.int32).max
+        known = jnp.where(client_id < 0, nowhere, client_id)  # -1 is no other name of the last client
+        own = jax.tree.map(lambda x: x.at[known].get(mode="fill"), state.uplink)
         client_key = keys.per_client(keys.stream(key, "uplink"), client_id)
         clients = (client_key, weight, own, updates)
         arrived, own, num_bits = client_map(lambda _, client: _said(codec, *client))((), clients)
-        nowhere = jnp.iinfo(jnp.int32).max  # for those who are absent
-        place = jnp.where(weight > 0, client_id, nowhere)
+        place = jnp.where(weight > 0, known, nowhere)
         everyone = jax.tree.map(lambda x, new: x.at[place].set(new, mode="drop"), state.uplink, own)
         return arrived, state._replace(uplink=everyone), num_bits
 

@@ -113,6 +113,17 @@ def test_what_an_absent_client_remembers_stays_to_the_bit():
             assert (one == other) == (who not in present)
 
 
+@pytest.mark.parametrize("stranger", [-1, NUM_CLIENTS])
+def test_an_id_that_is_nobodys_remembers_nothing_and_is_heard_of(stranger):
+    algorithm = build(codec=error_feedback(top_k(PARAMS, share=0.4)), num_clients=NUM_CLIENTS)
+    start = algorithm.init(PARAMS)
+    state, _ = jax.jit(algorithm.round)(KEY, start, make_cohort([2, 6], [1, 1], [stranger, 1]))
+    assert any(np.isnan(x).any() for x in jax.tree.leaves(state.params))
+    for before, after in zip(*map(jax.tree.leaves, (start.link.uplink, state.link.uplink)), strict=True):
+        others = np.arange(NUM_CLIENTS) != 1
+        np.testing.assert_array_equal(after[others], before[others])
+
+
 def test_clients_draw_codes_by_identity():
     """The same client says the same wherever it stands in the cohort."""
     algorithm = build(codec=qsgd(PARAMS, num_levels=1), num_clients=NUM_CLIENTS)
