@@ -156,11 +156,25 @@ def test_a_percentile_cuts_both_ends():
     assert zero == round(-128 - low / scale)
 
 
-def test_a_product_of_two_parameters_is_no_layer():
-    params = {"a": jnp.ones((4, 3)), "b": jnp.ones((3, 2))}
+def test_what_is_no_layer_of_an_image_and_a_kernel_stays_float32():
+    """A product of two parameters, kernels of their own for parts of the image, groups of examples."""
+    params = {
+        "a": jnp.ones((4, 3)),
+        "b": jnp.ones((3, 2)),
+        "own": jnp.ones((2, 2, 3)),
+        "groups": jnp.ones((2, 2, 1, 2)),
+    }
     image = IMAGE[:, :2, :2]
-    both = lambda p, x: x.reshape(len(x), -1) @ (p["a"] @ p["b"])  # noqa: E731
-    assert calibrate(both, params, image) == {}
+
+    def apply(p, x):
+        both = x.reshape(len(x), -1) @ (p["a"] @ p["b"])
+        rows = jnp.einsum("hbw,hwo->hbo", jnp.swapaxes(x[..., 0], 0, 1), p["own"])
+        halves = lax.conv_general_dilated(
+            x, p["groups"], (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"), batch_group_count=2
+        )
+        return both + jnp.sum(rows) + jnp.sum(halves)
+
+    assert calibrate(apply, params, image) == {}
 
 
 def test_more_products_than_32_bits_hold_are_refused():

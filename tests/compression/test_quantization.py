@@ -114,6 +114,12 @@ def test_four_bits_take_the_range_of_least_squared_error(symmetric):
     assert (error < tried[0]).all()
 
 
+def test_half_the_range_is_taken_where_it_is_the_best_that_is_tried():
+    """One outlier of 1 beside a thousand weights below 1/2."""
+    w = np.append(np.linspace(-0.5, 0.5, 1000), 1.0).astype(np.float32)[:, None]
+    np.testing.assert_allclose(quantize(w, bits=4).scale, 0.5 / 7, rtol=1e-3)
+
+
 @pytest.mark.parametrize(("bits", "symmetric"), KINDS)
 def test_a_weight_without_inputs_stays_without(bits, symmetric):
     quantized = quantize(jnp.zeros((0, 3)), bits=bits, symmetric=symmetric)

@@ -12,6 +12,7 @@ from fedrobust import keys, losses
 from fedrobust.compression.codecs import error_feedback, identity, power_sgd, qsgd, top_k
 from fedrobust.defenses import mean
 from fedrobust.federated import LinkState, Sent, fedavg, latest, local_update, map_clients, rounds, save
+from fedrobust.federated.link import link
 from fedrobust.privacy import Plan, clipped_grad, private_grad
 from fedrobust.types import Batch, Cohort
 
@@ -122,6 +123,15 @@ def test_an_id_that_is_nobodys_remembers_nothing_and_is_heard_of(stranger):
     for before, after in zip(*map(jax.tree.leaves, (start.link.uplink, state.link.uplink)), strict=True):
         others = np.arange(NUM_CLIENTS) != 1
         np.testing.assert_array_equal(after[others], before[others])
+
+
+def test_rows_of_absent_clients_arrive_as_zeros():
+    codec = identity(PARAMS)
+    up = link(codec, None, NUM_CLIENTS, SCAN)
+    sent = jax.tree.map(lambda x: jnp.full((3, *x.shape), jnp.nan).at[0].set(7.0), PARAMS)
+    arrived, _, num_bits = up.up(KEY, up.init(PARAMS), sent, jnp.asarray([4, 0, 2]), jnp.asarray([1.0, 0.0, 0.0]))
+    assert [x.reshape(3, -1)[:, 0].tolist() for x in jax.tree.leaves(arrived)] == [[7, 0, 0]] * 2
+    assert num_bits.tolist() == [96, 0, 0]
 
 
 def test_clients_draw_codes_by_identity():
