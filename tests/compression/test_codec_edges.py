@@ -32,17 +32,13 @@ def test_half_precision_comes_back_as_half_precision():
 
 def test_a_leaf_without_numbers_is_no_trouble():
     update = [jnp.zeros((0, 3)), jnp.asarray([1.0, -1.0])]
-    for codec in (sign(update), terngrad(update)):
-        code = codec.deserialize(codec.serialize(codec.encode(KEY, codec.init(update), update)[0]))
-        empty, found = codec.decode(code)
-        assert empty.shape == (0, 3) and np.isfinite(found).all() and found.any()
+    codec = terngrad(update)
+    empty, found = jax.jit(lambda key: codec.decode(codec.encode(key, (), update)[0]))(KEY)
+    assert (empty.shape, found.tolist()) == ((0, 3), [1, -1])
 
 
 def test_of_random_places_at_least_one_is_sent():
-    codec = random_k(UPDATE, share=1e-9, unbiased=False)
-    code, _ = codec.encode(KEY, (), UPDATE)
-    assert code.value.shape == (1,)
-    assert sum((np.asarray(x) != 0).sum() for x in jax.tree.leaves(codec.decode(code))) == 1
+    assert random_k(UPDATE, share=1e-9, unbiased=False).shape.value.shape == (1,)
 
 
 def test_an_update_of_zeros_does_not_blind_power_sgd():
@@ -63,8 +59,8 @@ def test_an_update_of_zeros_does_not_blind_power_sgd():
 def test_what_was_not_said_is_said_in_the_next_turns():
     update = jnp.asarray([5.0, -4.0, 1.0])
     codec = error_feedback(top_k(update, share=0.3))
-    state, said = codec.init(update), []
+    state, said, encode = codec.init(update), [], jax.jit(codec.encode)
     for now in (update, 0 * update, 0 * update):
-        code, state = codec.encode(KEY, state, now)
+        code, state = encode(KEY, state, now)
         said.append(codec.decode(code).tolist())
     assert said == [[5, 0, 0], [0, -4, 0], [0, 0, 1]]

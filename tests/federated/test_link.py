@@ -114,24 +114,19 @@ def test_what_an_absent_client_remembers_stays_to_the_bit():
             assert (one == other) == (who not in present)
 
 
-@pytest.mark.parametrize("stranger", [-1, NUM_CLIENTS])
-def test_an_id_that_is_nobodys_remembers_nothing_and_is_heard_of(stranger):
-    algorithm = build(codec=error_feedback(top_k(PARAMS, share=0.4)), num_clients=NUM_CLIENTS)
-    start = algorithm.init(PARAMS)
-    state, _ = jax.jit(algorithm.round)(KEY, start, make_cohort([2, 6], [1, 1], [stranger, 1]))
-    assert any(np.isnan(x).any() for x in jax.tree.leaves(state.params))
-    for before, after in zip(*map(jax.tree.leaves, (start.link.uplink, state.link.uplink)), strict=True):
-        others = np.arange(NUM_CLIENTS) != 1
+def test_an_id_that_is_nobodys_remembers_nothing_and_is_heard_of_and_absent_rows_are_zeros():
+    way = link(error_feedback(top_k(PARAMS, share=0.4)), None, NUM_CLIENTS, SCAN)
+    start = way.init(PARAMS)
+    updates = {"a": jnp.full((4, 2), 7.0).at[3].set(jnp.nan), "b": jnp.full(4, 9.0)}
+    ids, weight = jnp.asarray([-1, NUM_CLIENTS, 1, 4]), jnp.asarray([1.0, 1.0, 1.0, 0.0])
+    arrived, state, num_bits = jax.jit(way.up)(KEY, start, updates, ids, weight)
+    rows = np.column_stack([arrived["a"], arrived["b"]])
+    assert np.isnan(rows[:2]).any(axis=1).all()
+    assert rows[2:].tolist() == [[0, 0, 9], [0, 0, 0]]
+    assert num_bits[3] == 0
+    others = np.arange(NUM_CLIENTS) != 1
+    for before, after in zip(*map(jax.tree.leaves, (start.uplink, state.uplink)), strict=True):
         np.testing.assert_array_equal(after[others], before[others])
-
-
-def test_rows_of_absent_clients_arrive_as_zeros():
-    codec = identity(PARAMS)
-    up = link(codec, None, NUM_CLIENTS, SCAN)
-    sent = jax.tree.map(lambda x: jnp.full((3, *x.shape), jnp.nan).at[0].set(7.0), PARAMS)
-    arrived, _, num_bits = up.up(KEY, up.init(PARAMS), sent, jnp.asarray([4, 0, 2]), jnp.asarray([1.0, 0.0, 0.0]))
-    assert [x.reshape(3, -1)[:, 0].tolist() for x in jax.tree.leaves(arrived)] == [[7, 0, 0]] * 2
-    assert num_bits.tolist() == [96, 0, 0]
 
 
 def test_clients_draw_codes_by_identity():
