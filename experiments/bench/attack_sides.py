@@ -25,7 +25,7 @@ SMALL = 1e-4  # a radius at which nothing breaks, so that all sides take all ste
 LARGE = 0.3  # where this model has no defense
 STEP_SHARE = 0.25  # a step over the radius
 NUM_SLOTS = 16
-NUM_TRAINING_STEPS = 240
+NUM_TRAINING_STEPS = 320
 ACCURACY = 0.95  # at least, on the images of the benchmark: a network that has learnt nothing has no labels to speak of
 
 Step = Callable[[], Any]
@@ -71,7 +71,7 @@ def save(file: str, network: str, num: int) -> None:
     label = jnp.asarray(train.label < 5, jnp.int32)
     root, model = keys.root(0), build(network)
     params = model.init(keys.stream(root, "init"), image[:1])
-    loss, optimizer = losses.cross_entropy(model.apply), optax.adam(1e-3)
+    loss, optimizer = losses.cross_entropy(model.apply), optax.adam(_rate())
 
     @jax.jit
     def step(params: Any, state: Any, x: jax.Array, y: jax.Array) -> Any:
@@ -88,6 +88,13 @@ def save(file: str, network: str, num: int) -> None:
         raise RuntimeError(f"{network} is right on {accuracy:.1%} of its training images: {ACCURACY:.0%} are wanted")
     weights = {f"{layer}/{name}": x for layer, entry in params.items() for name, x in entry.items()}
     np.savez(file, image=image[:num], label=prediction, **weights)
+
+
+def _rate() -> Any:
+    """A tenth for the last quarter: at the full one accuracy on these images still jumps by points."""
+    import optax
+
+    return optax.piecewise_constant_schedule(1e-3, {NUM_TRAINING_STEPS * 3 // 4: 0.1})
 
 
 def build(network: str) -> Any:

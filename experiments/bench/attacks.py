@@ -1,15 +1,15 @@
 """Image-steps per second of attacks, beside torchattacks, foolbox and ART.
 
 ResNet-9 at base width 32 (610 k parameters, GroupNorm), two classes: scikit-learn's digits below 5 and above,
-enlarged to 28 x 28 x 1; trained for a minute, until it tells 95 % of them apart. Equal weights on every side: each
-process checks that its model predicts the same class for every image. PGD of 40 steps and Auto-PGD of 100 from the
-clean image, cross-entropy, "linf", at a radius of 1e-4, where no example breaks and every side takes every step.
-PyTorch takes the faster of its memory formats. Each side is a process of its own and runs when its turn comes;
-medians; compilation is not timed. Ratios are ours over theirs, of speed. Every JAX process has as many CPU devices as
-cores, and our side deals the images out to them (`attacks.run(num_devices=None)`). Rows for 64 images have the plain
-name, those for 512 end in _512 and take a fifth of the steps. Rows that begin with small_cnn_ are of the small CNN at
-base width 24 (32 k parameters) on the digits as they are, 8 x 8, all steps at both sizes: there a step costs less
-than what surrounds it.
+enlarged to 28 x 28 x 1; trained for two minutes; it tells 95 % of them apart, or the benchmark stops. Equal weights
+on every side: each process checks that its model predicts the same class for every image. PGD of 40 steps and
+Auto-PGD of 100 from the clean image, cross-entropy, "linf", at a radius of 1e-4, where no example breaks and every
+side takes every step. PyTorch takes the faster of its memory formats. Each side is a process of its own and runs when
+its turn comes; medians; compilation is not timed. Ratios are ours over theirs, of speed. Every JAX process has as
+many CPU devices as cores, and our side deals the images out to them (`attacks.run(num_devices=None)`). Rows for 64
+images have the plain name, those for 512 end in _512 and take a fifth of the steps. Rows that begin with small_cnn_
+are of the small CNN at base width 24 (32 k parameters) on the digits as they are, 8 x 8, all steps at both sizes:
+there a step costs less than what surrounds it.
 
 - pgd40_over_torchattacks, pgd40_over_foolbox_torch, pgd40_over_art;
 - pgd40_over_foolbox_jax: the model given as the function it is; pgd40_over_foolbox_jax_jit: wrapped in jax.jit;

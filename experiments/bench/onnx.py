@@ -1,10 +1,10 @@
 """Exported models in onnxruntime beside the same models here.
 
 ResNet-9 at base width 32 (610 k parameters, GroupNorm), two classes: scikit-learn's digits below 5 and above,
-enlarged to 28 x 28 x 1; trained for a minute, until it tells 95 % of them apart. Three files: float32; int8 weights;
-int8 weights and int8 activations, their ranges from 128 training images. Labels are compared on all 1797 images, with
-`compression.integer_apply` where activations are rounded. Latencies: medians, sides in turns, onnxruntime with its
-own choice of threads.
+enlarged to 28 x 28 x 1; trained for two minutes; it tells 95 % of them apart, or the benchmark stops. Three files:
+float32; int8 weights; int8 weights and int8 activations, their ranges from 128 training images. Labels are compared
+on all 1797 images, with `compression.integer_apply` where activations are rounded. Latencies: medians, sides in
+turns, onnxruntime with its own choice of threads.
 
 - onnx_{float32,int8,int8_activations}_labels: share of the images with the same label, over 1;
 - onnx_{int8,int8_activations}_bytes: of the file, over the float32 file's;
