@@ -32,8 +32,11 @@ from typing import NamedTuple
 from experiments.bench import attack_sides
 from experiments.bench.timing import Comparison, Side
 
-SIZES = {64: 3, 512: 3}
-"""Images -> timed attacks of each side."""
+SIZES = (64, 512)
+"""Numbers of images."""
+
+REPEATS = {"resnet9": 3, "small_cnn": 9}
+"""Timed attacks of each side; a short one wavers more."""
 
 EXTRA = "attacks"
 MODULE = "experiments.bench.attack_sides"
@@ -89,18 +92,21 @@ def run() -> list[Comparison]:
         files = {network: str(Path(folder) / f"{network}.npz") for network in attack_sides.NETWORKS}
         for network, file in files.items():
             attack_sides.save(file, network, max(SIZES))
-        for size, repeats in SIZES.items():
+        for size in SIZES:
             for group in GROUPS:
                 rows = [row for row in group if importlib.util.find_spec(row.package) is not None]
                 for row in (row for row in group if row not in rows):
                     print(f'{row.name}: left out, needs pip install -e ".[{EXTRA}]"', file=sys.stderr)
-                comparisons += _compared(rows, files, size, repeats)
+                comparisons += _compared(rows, files, size)
     return comparisons
 
 
-def _compared(rows: list[Row], files: dict[str, str], size: int, repeats: int) -> list[Comparison]:
+def _compared(rows: list[Row], files: dict[str, str], size: int) -> list[Comparison]:
     """The rows of one group: one attack of each side in turns."""
+    if not rows:
+        return []
     names = dict.fromkeys(side for row in rows for side in (row.ours, row.against))
+    repeats = REPEATS[attack_sides.parts(f"{rows[0].ours}_{size}")[0]]
     with ExitStack() as stack:
         sides = {
             name: stack.enter_context(Side(f"{name}_{size}", files[name.split("-")[0]], module=MODULE))

@@ -38,6 +38,40 @@ def test_a_side_is_its_network_attack_library_and_size():
     assert attack_sides.num_steps("resnet9", "weak40", 512) == 40
 
 
+class FakeSide:
+    """Takes 100 ms where it is ours and 200 ms otherwise; told the file of its own network."""
+
+    def __init__(self, name, file, *, module):
+        assert module == "experiments.bench.attack_sides"
+        assert file.endswith(name.split("-")[0] + ".npz")
+        self.name = name
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def call(self):
+        return 100.0 if "_ours_" in self.name else 200.0
+
+
+@pytest.mark.parametrize("installed", [("jax", "foolbox", "art", "torchattacks"), ("jax",)])
+def test_speeds_are_images_times_steps_over_seconds(installed, monkeypatch, capsys):
+    monkeypatch.setattr(attacks, "Side", FakeSide)
+    monkeypatch.setattr(attack_sides, "save", lambda file, network, num: None)
+    monkeypatch.setattr(attacks.importlib.util, "find_spec", lambda name: name if name in installed else None)
+    found = {row.name: row for row in attacks.run()}
+    assert all(row.ratio == 2.0 for row in found.values())
+    assert found["pgd40_compacted_over_plain_512"].ours == pytest.approx(512 * 40 / 0.1)
+    if "art" in installed:
+        assert len(found) == 24
+        assert found["pgd40_over_art_512"].ours == pytest.approx(512 * 8 / 0.1)  # a fifth of the steps
+        assert found["small_cnn_pgd40_over_art_512"].against == pytest.approx(512 * 40 / 0.2)
+    else:
+        assert len(found) == 2 and "small_cnn_pgd40_over_art: left out, needs pip install" in capsys.readouterr().err
+
+
 def test_a_network_that_has_learnt_nothing_is_not_timed(tmp_path, monkeypatch):
     monkeypatch.setattr(attack_sides, "NUM_TRAINING_STEPS", 0)
     with pytest.raises(RuntimeError, match=r"small_cnn is right on \d+\.\d% of its training images: 95% are wanted"):
