@@ -86,8 +86,14 @@ def masks_from_units(channels: Channels, keep: Any) -> Params:
     Returns:
         A pytree like the parameters of float32 zeros and ones; `fedrobust.trees.multiply(params, masks)` is the masked
         model.
+
+    Raises:
+        ValueError: keep of another length.
     """
-    keep = np.append(np.asarray(keep, np.float32), np.float32(1))  # index -1 always stays
+    check.require(
+        np.shape(keep) == np.shape(channels.group), "shape of keep", np.shape(keep), f"{channels.group.shape}"
+    )
+    keep = np.append(np.asarray(keep, bool), True).astype(np.float32)  # index -1 always stays
     leaves = []
     for axes, shape in zip(channels.unit, channels.shapes, strict=True):
         mask = np.ones(shape, np.float32)

@@ -252,3 +252,10 @@ def test_trees_of_another_model_are_named_in_one_line():
         taylor_scores(CHANNELS, PARAMS, other)
     with pytest.raises(ValueError, match=r"^masks is 'a tree of 5 leaves': must be of .*$"):
         num_kept(CHANNELS, other)
+
+
+def test_a_choice_is_of_every_unit():
+    num = len(CHANNELS.group)
+    for wrong in (num - 1, num + 1):
+        with pytest.raises(ValueError, match=rf"^shape of keep is \({wrong},\): must be \({num},\)$"):
+            masks_from_units(CHANNELS, np.ones(wrong, bool))
