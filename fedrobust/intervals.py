@@ -1,4 +1,9 @@
-"""Bounds on a rate from counts of independent trials, and on a mean from a few values, in float64 on the host."""
+"""Bounds on a rate from counts of independent trials, and on a mean from a few values, in float64 on the host.
+
+And on a number as people read it.
+"""
+
+import decimal
 
 import numpy as np
 import numpy.typing as npt
@@ -85,6 +90,16 @@ def of_mean(values: npt.ArrayLike, confidence: float) -> tuple[float, float]:
     check.require(finite, "values", values.tolist(), "at least two finite numbers")
     half = t.ppf((1 + confidence) / 2, values.size - 1) * values.std(ddof=1) / np.sqrt(values.size)
     return float(values.mean() - half), float(values.mean() + half)
+
+
+def upper_text(value: float, digits: int) -> str:
+    """A number in few digits, never less than it is.
+
+    >>> upper_text(7.9921, 3), upper_text(8.0, 3), upper_text(float("inf"), 3)
+    ('8', '8', 'inf')
+    """
+    rounded = decimal.Context(prec=digits, rounding=decimal.ROUND_CEILING).create_decimal(repr(float(value)))
+    return f"{float(rounded):.{digits}g}"
 
 
 def _checked(count: npt.ArrayLike, total: npt.ArrayLike, confidence: float) -> tuple[np.ndarray, np.ndarray]:

@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy import stats
 
 from fedrobust import intervals
@@ -45,3 +47,10 @@ def test_the_interval_of_a_mean_by_hand_and_by_how_often_it_misses():
 def test_values_without_an_interval_are_named(values):
     with pytest.raises(ValueError, match=r"^values is .* at least two finite numbers"):
         intervals.of_mean(values, 0.9)
+
+
+@given(st.floats(1e-6, 1e6), st.integers(1, 6))
+def test_a_number_is_never_read_as_less_than_it_is(value, digits):
+    told = float(intervals.upper_text(value, digits))
+    assert value <= told <= value * (1 + 10.0 ** (1 - digits)) * (1 + 1e-12)
+    assert intervals.upper_text(told, digits) == intervals.upper_text(value, digits)

@@ -12,14 +12,13 @@ more; that needs the same data, seed, keys and code, which the run's name must s
 releases other bits: it needs a new run name at every start.
 """
 
-import decimal
 import itertools
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fedrobust import check, jsonl
+from fedrobust import check, intervals, jsonl
 from fedrobust.privacy import accounting
 from fedrobust.privacy.accounting import Event
 from fedrobust.privacy.clipping import RELATIONS
@@ -164,13 +163,12 @@ def summary(path: Path | str, delta: float) -> list[Line]:
 
 def to_text(lines: Sequence[Line]) -> str:
     """A summary for people, one scope per line; epsilon in four digits, rounded up."""
-    upwards = decimal.Context(prec=4, rounding=decimal.ROUND_CEILING)
 
     def listed(counted: Sequence[tuple[str, int]]) -> str:
         return ", ".join(f"{mechanism} x {steps}" for mechanism, steps in counted) or "none"
 
     return "\n".join(
-        f"{line.scope}: epsilon {float(upwards.create_decimal(line.epsilon)):g}, "
+        f"{line.scope}: epsilon {intervals.upper_text(line.epsilon, 4)}, "
         f"delta {line.delta:g} ({line.unit}, {line.relation}): "
         f"{listed(line.mechanisms)}; looks without privacy: {listed(line.looks)}"
         for line in lines

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from rich import box
 from rich.table import Table as RichTable
 
+from fedrobust import intervals
 from fedrobust.reporting import summary
 from fedrobust.reporting.rows import Row
 from fedrobust.reporting.summary import Spread, by_combination, spread
@@ -153,8 +154,8 @@ def _cost_columns() -> list[_Column]:
         return cell
 
     def epsilon(group: Sequence[Row]) -> str:
-        value = spread(group, lambda row: (row["privacy"] or {}).get("epsilon"))
-        return f"{value.mean:.3g}" if value else NOTHING
+        spent = [row["privacy"]["epsilon"] for row in group if row["privacy"]]
+        return intervals.upper_text(max(spent), 3) if spent else NOTHING
 
     return [
         _Column("size", "params", ratio("parameters_ratio")),

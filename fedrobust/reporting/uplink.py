@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from fedrobust import intervals
 from fedrobust.reporting import summary
 from fedrobust.reporting.plots import new_figure, save_figure
 from fedrobust.reporting.tables import NOTHING, Table, percent
@@ -159,8 +160,8 @@ def _notes(rows: Sequence[Sent]) -> list[str]:
         f" {100 * ALLOWED:g} point of mean accuracy."
     ]
     guarantees = dict.fromkeys(
-        f"ε = {row['privacy']['epsilon']:.3g}, δ = {row['privacy']['delta']:.2g}, {row['privacy']['unit']} level,"
-        f" {row['privacy']['relation']}, {row['privacy']['sampling']} sampling"
+        f"ε = {intervals.upper_text(row['privacy']['epsilon'], 3)}, δ = {row['privacy']['delta']:.2g},"
+        f" {row['privacy']['unit']} level, {row['privacy']['relation']}, {row['privacy']['sampling']} sampling"
         for row in rows
         if row["privacy"]
     )

@@ -39,6 +39,13 @@ def test_several_seeds_show_mean_and_sample_standard_deviation(study):
     assert table(study(3)).notes[-1].endswith("DP + AT (seed 0), DP + AT (seed 1), DP + AT (seed 2).")
 
 
+def test_epsilon_is_the_largest_of_the_seeds_and_never_less_than_it_is(study):
+    rows = study(3)
+    for row, spent in zip((row for row in rows if row["privacy"]), (7.98, 7.9912, 7.9), strict=False):
+        row["privacy"]["epsilon"] = spent
+    assert [line[-1] for line in table(rows).lines] == ["–"] * 4 + ["8", *["7.98"] * 3]
+
+
 def test_what_was_not_measured_is_a_dash_and_unused_columns_go(study):
     rows = [row | {"poisoned": None, "privacy": None} for row in study()]
     rows[0]["clean"]["auc"] = None
