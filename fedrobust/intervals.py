@@ -93,7 +93,14 @@ def of_mean(values: npt.ArrayLike, confidence: float) -> tuple[float, float]:
 
 
 def upper_text(value: float, digits: int) -> str:
-    """A number in few digits, never less than it is.
+    """A number in few digits, never less than it is, for bounds such as an epsilon.
+
+    Args:
+        value: any number, no NaN.
+        digits: significant ones, >= 1.
+
+    Returns:
+        The text of the smallest number of so many digits that is not below the shortest text of `value`.
 
     >>> upper_text(7.9921, 3), upper_text(8.0, 3), upper_text(float("inf"), 3)
     ('8', '8', 'inf')

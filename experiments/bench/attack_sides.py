@@ -1,9 +1,8 @@
 """One attack of `attacks` in a process of its own: `python -m experiments.bench.attack_sides NAME FILE`.
 
-NAME is `NETWORK-ATTACK_LIBRARY_SIZE`, such as resnet9-pgd40_torchattacks_64; FILE holds the
-weights, the images and our predictions. The process stops with an error unless its model predicts the same class for
-every image. It prints "ready" after one attack that is not counted, then answers each line it reads with the
-milliseconds of one attack.
+NAME is `NETWORK-ATTACK_LIBRARY_SIZE`, such as resnet9-pgd40_torchattacks_64; FILE holds the weights, the images
+and our predictions. The process stops with an error unless its model predicts the same class for every image. It prints
+"ready" after one attack that is not counted, then answers each line it reads with the milliseconds of one attack.
 """
 
 import copy
@@ -38,7 +37,7 @@ def side(name: str, file: str) -> Step:
         arrays = dict(stored)
     image, label = arrays.pop("image")[:size], arrays.pop("label")[:size]
     make = _jax_side if library in JAX_LIBRARIES else _torch_side
-    return make(name, library, num_steps(network, attack, size), arrays, image, label)
+    return make(network, attack, library, num_steps(network, attack, size), arrays, image, label)
 
 
 def parts(name: str) -> tuple[str, str, str, int]:
@@ -115,7 +114,13 @@ def parameters(weights: dict[str, np.ndarray]) -> dict[str, dict[str, Any]]:
 
 
 def _jax_side(
-    name: str, library: str, steps: int, weights: dict[str, np.ndarray], image: np.ndarray, label: np.ndarray
+    network: str,
+    attack: str,
+    library: str,
+    steps: int,
+    weights: dict[str, np.ndarray],
+    image: np.ndarray,
+    label: np.ndarray,
 ) -> Step:
     import jax
 
@@ -125,7 +130,6 @@ def _jax_side(
     if library.startswith("foolbox"):
         # The network as its users write it; this process runs nothing else.
         ops.conv = sides._lax_conv  # type: ignore[assignment]
-    network, attack, *_ = parts(name)
     model = build(network)
     params = jax.tree.map(jax.numpy.asarray, parameters(weights))
     _agree(jax.jit(model.apply)(params, image).argmax(1), label)
@@ -143,7 +147,7 @@ def _jax_side(
     arguments = (keys.root(1), params, *map(jax.numpy.asarray, (image, label)))
     compiled = jax.jit(program).lower(*arguments).compile()
     if attack != "weak40" and compiled(*arguments).wrong.any():
-        raise RuntimeError(f"{name} breaks an image at {SMALL}: not all sides take the same steps")
+        raise RuntimeError(f"{attack} breaks an image of {network} at {SMALL}: not all sides take the same steps")
     return lambda: jax.block_until_ready(compiled(*arguments))
 
 
@@ -185,7 +189,13 @@ def _foolbox_attack(foolbox: Any, steps: int) -> Any:
 
 
 def _torch_side(
-    name: str, library: str, steps: int, weights: dict[str, np.ndarray], image: np.ndarray, label: np.ndarray
+    network: str,
+    attack: str,
+    library: str,
+    steps: int,
+    weights: dict[str, np.ndarray],
+    image: np.ndarray,
+    label: np.ndarray,
 ) -> Step:
     import torch
 
@@ -193,7 +203,6 @@ def _torch_side(
 
     warnings.simplefilter("ignore")
     torch.set_num_threads(os.cpu_count() or 1)
-    network, attack, *_ = parts(name)
     model = torch_sides.NETWORKS[network](NETWORKS[network][1]).eval()
     torch_sides.set_weights(model, weights)
     x = torch.from_numpy(np.ascontiguousarray(image.transpose(0, 3, 1, 2)))

@@ -73,16 +73,15 @@ def resnet9(width: int = 32) -> Any:
         def forward(self, x: Any) -> Any:
             return x + self.body(x)
 
-    block = _conv_block
     return nn.Sequential(
-        block(1, width),
-        block(width, 2 * width),
+        _conv_block(1, width),
+        _conv_block(width, 2 * width),
         nn.MaxPool2d(2),
-        Residual(block(2 * width, 2 * width), block(2 * width, 2 * width)),
-        block(2 * width, 4 * width),
+        Residual(_conv_block(2 * width, 2 * width), _conv_block(2 * width, 2 * width)),
+        _conv_block(2 * width, 4 * width),
         nn.MaxPool2d(2),
-        block(4 * width, 4 * width),
-        Residual(block(4 * width, 4 * width), block(4 * width, 4 * width)),
+        _conv_block(4 * width, 4 * width),
+        Residual(_conv_block(4 * width, 4 * width), _conv_block(4 * width, 4 * width)),
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
         nn.Linear(4 * width, 2),
