@@ -149,18 +149,18 @@ def _note_ranges(study: Study, combination: reporting.Combination, accounts: dic
 def robustness(settings: AttackSettings, final: Final, test: Dataset, key: Key) -> tuple[dict[str, Any], list[Any]]:
     """Accuracies under attack and their checks; no accuracy for a model whose logits are not finite."""
     apply, params, _ = final
-    whole = settings.gate_examples > 0
-    some = test._replace(image=test.image[: settings.gate_examples], label=test.label[: settings.gate_examples])
-    checks = evaluation.gate(
-        apply, params, some if whole else test, _probes(settings.num_steps) if whole else None, key, BATCH_SIZE,
-        norm="linf", eps=max(settings.eps),
-    )  # fmt: skip
+    eps, whole = max(settings.eps), settings.gate_examples > 0
+    num = settings.gate_examples if whole else len(test.label)
+    some = test._replace(image=test.image[:num], label=test.label[:num])
+    probes = _probes(settings.num_steps) if whole else None
+    gate = functools.partial(evaluation.gate, apply, params, some, probes, key, BATCH_SIZE, norm="linf", eps=eps)
     if not np.isfinite(evaluation.predict(apply, params, test.image, BATCH_SIZE)).all():
-        return {}, checks
+        return {}, gate()
     cascade = settings.suite == "auto_attack"
     threats = _threats(settings, test.num_classes)
     found = evaluation.evaluate(apply, params, test, threats, key, BATCH_SIZE, cascade=cascade)
-    return found.robust, [*found.checks, *checks]
+    standing = ~found.broken[f"worst_linf_{eps:.2g}"][:num]
+    return found.robust, [*found.checks, *gate(standing=standing)]
 
 
 @functools.lru_cache(maxsize=4)  # what a compiled attack is remembered by

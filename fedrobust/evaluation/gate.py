@@ -41,6 +41,7 @@ def gate(
     *,
     norm: str,
     eps: float,
+    standing: np.ndarray | None = None,
     extra: Mapping[str, Attack] | None = None,
     undefended: Params | None = None,
 ) -> list[dict[str, Any]]:
@@ -55,6 +56,8 @@ def gate(
         batch_size: images per prediction >= 1.
         norm: "linf" or "l2".
         eps: the radius > 0 that the accuracies are of; twice and half of it are tried as well.
+        standing: [N] bool, the examples that the evaluation counts as right at `eps`: no probe may break more of them
+            than a check's limit. None: those that the probe "pgd" leaves.
         extra: further attacks that must not find what the white-box ones do not, such as transfer from twins.
         undefended: parameters of the same model trained without a defense, which must fall.
 
@@ -62,7 +65,7 @@ def gate(
         `Check`s as dictionaries. One that fails says that the accuracies are overestimated, or mean nothing.
 
     Raises:
-        ValueError: a probe is missing, fewer than two examples, a number out of range.
+        ValueError: a probe is missing, fewer than two examples, `standing` of another length, a number out of range.
 
     Source: Carlini et al. 2019 (arXiv 1902.06705); Pintor et al. 2022, "Indicators of Attack Failure" (arXiv
         2106.09947); the flags of AutoAttack and the rules of RobustBench (arXiv 2010.09670). How each is measured, and
@@ -73,12 +76,16 @@ def gate(
     check.positive("eps", eps)
     check.at_least("the number of examples", len(dataset.label), 2)
     check.one_of("norm", norm, ("linf", "l2"))
+    if standing is not None:
+        one_each = np.shape(standing) == np.shape(dataset.label)
+        check.require(one_each, "standing", np.shape(standing), f"{len(dataset.label)} booleans, one per example")
     dataset = dataset._replace(image=np.asarray(dataset.image, np.float32), label=np.asarray(dataset.label))
     subject = _Subject(apply, params, dataset, norm, key, batch_size)
     logits = predict(apply, params, dataset.image, batch_size)
     checks = [*_outputs(subject, logits), *_gradients(subject, eps)]
     if probes is not None:
-        checks += _attacks(subject, predicted_class(logits), probes, eps, extra or {})
+        right = predicted_class(logits) == dataset.label
+        checks += _attacks(subject, right, standing, probes, eps, extra or {})
         checks.append(_undefended(subject, undefended, probes["pgd"], eps))
     return checks
 
@@ -162,11 +169,15 @@ def _slopes(
 
 
 def _attacks(
-    subject: _Subject, clean: np.ndarray, probes: Mapping[str, Attack], eps: float, extra: Mapping[str, Attack]
+    subject: _Subject,
+    right: np.ndarray,
+    standing: np.ndarray | None,
+    probes: Mapping[str, Attack],
+    eps: float,
+    extra: Mapping[str, Attack],
 ) -> list[dict[str, Any]]:
     """What must hold between attacks: more is stronger, and none that is blind wins."""
     label = subject.dataset.label
-    right = clean == label
     outcomes = []
 
     def attack(probe: Attack, radius: float, todo: np.ndarray) -> np.ndarray:
@@ -179,7 +190,9 @@ def _attacks(
         return todo & (outcome.prediction == label)
 
     left = {name: attack(probes[name], eps, right) for name in ("fgsm", "pgd", "more_steps", "more_restarts")}
-    on_entropy = functools.reduce(np.logical_and, left.values())
+    judged = left["pgd"] if standing is None else right & np.asarray(standing, bool)
+    more = {name: judged & left["pgd"] & left[name] for name in ("more_steps", "more_restarts")}
+    on_entropy = functools.reduce(np.logical_and, left.values(), judged)
     white = attack(probes["auto_pgd"], eps, on_entropy)
     blind = {name: attack(probes[name], eps, white) for name in ("square", "noise")}
     others = {name: attack(other, eps, white) for name, other in extra.items()}
@@ -195,8 +208,8 @@ def _attacks(
     one = 1 / len(label)  # on few examples a limit is at least one of them
     return [
         checked("pgd_at_least_as_strong_as_fgsm", gain(left["fgsm"], left["pgd"]), max(0.005, one)),
-        checked("more_steps_find_no_more", gain(left["more_steps"], left["pgd"]), max(0.005, 2 * one)),
-        checked("more_restarts_find_no_more", gain(left["more_restarts"], left["pgd"]), max(0.005, 2 * one)),
+        checked("more_steps_find_no_more", gain(more["more_steps"], judged), max(0.005, 2 * one)),
+        checked("more_restarts_find_no_more", gain(more["more_restarts"], judged), max(0.005, 2 * one)),
         checked("auto_pgd_finds_no_more", gain(white, on_entropy), max(0.02, 2 * one)),
         checked("success_rises_with_eps", max(gain(weaker, left["pgd"]), gain(left["pgd"], stronger)), max(0.005, one)),
         checked("nothing_is_right_unbounded", float(np.mean(unbounded)), max(0.01, one)),

@@ -98,7 +98,15 @@ def failed(checks):
     "name", ["relu", *(pytest.param(name, marks=pytest.mark.slow) for name in HONEST if name != "relu")]
 )
 def test_an_honest_adversarially_trained_model_passes(name):
-    checks = verdict(MODELS[name][1], trained(name))
+    apply, params = MODELS[name][1], trained(name)
+    standing = np.ones(SIZE, bool)
+    for member in attacks.auto_attack(
+        version="standard", norm="linf", eps=EPS, num_classes=10, num_queries=200
+    ).members:
+        attack = attacks.run(member.search, num_slots=32)
+        found = jax.jit(lambda todo, attack=attack: attack(KEY, lambda x: apply(params, x), *TEST[:2], todo))(standing)
+        standing &= ~np.asarray(found.wrong)
+    checks = verdict(apply, params, standing=standing)
     assert failed(checks) == set(), [checks[name] for name in failed(checks)]
     assert not is_overestimated(list(checks.values()))
 
@@ -275,6 +283,34 @@ def test_an_attack_that_breaks_what_others_leave_is_flagged_though_it_breaks_les
     probes, extra = dict.fromkeys(PROBE, pushed()), {}
     (extra if name == "transfer" else probes)[name] = one_sided
     assert failed(linear_gate(probes, extra=extra)) == {f"{name}_finds_no_more"}
+
+
+def left_by(attack):
+    found = attack(EPS)(KEY, lambda x: linear(LINE, x), NEAR.image, NEAR.label, np.ones(SIZE, bool))
+    return ~np.asarray(found.wrong)
+
+
+def test_an_evaluation_that_found_all_that_the_probes_find_passes_though_pgd_does_not():
+    stronger = {name: PERFECT for name in ("more_steps", "more_restarts", "auto_pgd", "square", "noise")}
+    checks = linear_gate({**dict.fromkeys(PROBE, pushed()), **stronger}, standing=left_by(PERFECT))
+    assert failed(checks) == set()
+
+
+@pytest.mark.parametrize("name", ["pgd", "more_steps", "more_restarts", "auto_pgd", "square", "noise", "transfer"])
+def test_an_evaluation_that_left_what_a_probe_breaks_is_flagged(name):
+    weak, extra = pushed(), {}
+    probes = dict.fromkeys(PROBE, weak)
+    (extra if name == "transfer" else probes)[name] = PERFECT
+    checks = linear_gate(probes, extra=extra, standing=left_by(weak))
+    flagged = {"more_steps", "more_restarts"} if name == "pgd" else {name}
+    assert failed(checks) == {f"{one}_find{'' if 'more' in one else 's'}_no_more" for one in flagged}
+
+
+def test_an_evaluation_that_attacked_nothing_is_flagged():
+    checks = linear_gate(dict.fromkeys(PROBE, pushed()), standing=np.ones(SIZE, bool))
+    assert failed(checks) == {"more_steps_find_no_more", "more_restarts_find_no_more"}
+    with pytest.raises(ValueError, match=r"standing is \(3,\): must be 64 booleans"):
+        linear_gate(dict.fromkeys(PROBE, pushed()), standing=np.ones(3, bool))
 
 
 def test_half_the_radius_that_finds_more_is_flagged():
