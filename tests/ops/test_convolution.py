@@ -65,7 +65,7 @@ def cases(draw):
         image, padding = each(1, 3), tuple((r, r - 1) for r in reach)
     else:
         image = tuple(r + extra for r, extra in zip(reach, each(1, 4), strict=True))
-    channels = (groups * draw(st.integers(1, 3)), groups * draw(st.integers(1, 3)))
+    channels = (groups * draw(st.sampled_from((1, 2, 3, 5))), groups * draw(st.integers(1, 3)))
     shapes = (draw(st.integers(1, 3)), *image, channels[0]), (*window, channels[0] // groups, channels[1])
     return shapes, {"strides": strides, "padding": padding, "kernel_dilation": dilation, "groups": groups}
 
@@ -122,7 +122,7 @@ def test_clients_of_examples_equal_loops_in_either_nesting(how):
 
 
 def test_vmap_of_second_order_and_three_levels_equals_lax():
-    image, kernel = normal(0, (2, 2, 2, 5, 5, 2)), normal(1, (2, 3, 3, 2, 2))
+    image, kernel = normal(0, (2, 2, 2, 5, 5, 4)), normal(1, (2, 3, 3, 4, 2))
     for_one = lambda f: lambda k, x: derivatives(lambda x, k: f(x[None], k))(x, k)  # noqa: E731
     every = lambda f: jax.vmap(jax.vmap(jax.vmap(for_one(f), (None, 0)), (None, 0)))(kernel, image)  # noqa: E731
     assert_close(every(conv), every(lax_conv))
@@ -130,7 +130,7 @@ def test_vmap_of_second_order_and_three_levels_equals_lax():
 
 @pytest.mark.parametrize("loop", ["scan", "fori", "while"])
 def test_training_in_a_loop_equals_unrolled(loop):
-    images, kernel = normal(0, (3, 4, 6, 6, 2)), normal(1, (3, 3, 2, 2))
+    images, kernel = normal(0, (3, 4, 6, 6, 4)), normal(1, (3, 3, 4, 2))
 
     def step(kernel, image):
         loss = lambda kernel, image: jnp.mean(jnp.square(conv(image[None], kernel)))  # noqa: E731
@@ -152,7 +152,7 @@ def test_training_in_a_loop_equals_unrolled(loop):
 
 @pytest.mark.parametrize("wrap", ["batch", "vmap", "scan"])
 def test_a_loss_that_takes_an_image_gradient_through_the_same_parameters_differentiates(wrap):
-    images, kernel = normal(0, (3, 1, 5, 5, 2)), normal(1, (3, 3, 2, 2))
+    images, kernel = normal(0, (3, 1, 5, 5, 4)), normal(1, (3, 3, 4, 2))
 
     def gradient(function):
         def loss(kernel, image):
@@ -170,7 +170,7 @@ def test_a_loss_that_takes_an_image_gradient_through_the_same_parameters_differe
 
 
 def test_forward_mode_equals_lax():
-    image, kernel = normal(0, (2, 5, 5, 2)), normal(1, (3, 3, 2, 2))
+    image, kernel = normal(0, (2, 5, 5, 4)), normal(1, (3, 3, 4, 2))
     hessian = lambda f: jax.jit(jax.hessian(lambda k: jnp.sum(jnp.sin(f(image, k)))))(kernel)  # noqa: E731
     assert_close(hessian(conv), hessian(lax_conv))
 
@@ -192,7 +192,7 @@ def primitives(function, *arguments):
 
 
 def test_jaxpr_without_vmap_holds_exactly_one_lax_convolution():
-    names = [name for name, _ in primitives(conv, normal(0, (2, 5, 5, 2)), normal(1, (3, 3, 2, 2)))]
+    names = [name for name, _ in primitives(conv, normal(0, (2, 5, 5, 4)), normal(1, (3, 3, 4, 2)))]
     assert names.count("conv_general_dilated") == 1
     assert not {"cond", "while", "scan"} & set(names)
 
@@ -200,7 +200,7 @@ def test_jaxpr_without_vmap_holds_exactly_one_lax_convolution():
 def test_gradient_of_a_batched_loss_forms_one_kernel_gradient_for_all_examples():
     one = lambda kernel, image: jnp.sum(jnp.sin(conv(image[None], kernel)))  # noqa: E731
     batched = lambda kernel, image: jnp.sum(jax.vmap(one, (None, 0))(kernel, image))  # noqa: E731
-    operands = normal(1, (3, 3, 2, 2)), normal(0, (4, 5, 5, 2))
+    operands = normal(1, (3, 3, 4, 2)), normal(0, (4, 5, 5, 4))
     found = primitives(jax.grad(batched), *operands)
     assert [how["stacked"] for name, how in found if name == "convolution_kernel"] == [False]
     found = primitives(jax.vmap(jax.grad(one), (None, 0)), *operands)
@@ -210,7 +210,7 @@ def test_gradient_of_a_batched_loss_forms_one_kernel_gradient_for_all_examples()
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_shard_map_over_clients_equals_loop(check_vma):
     mesh = jax.make_mesh((4,), ("client",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:4])
-    images, kernel = normal(0, (4, 3, 5, 5, 2)), normal(1, (3, 3, 2, 2))
+    images, kernel = normal(0, (4, 3, 5, 5, 4)), normal(1, (3, 3, 4, 2))
     gradient = jax.grad(lambda kernel, image: jnp.sum(jnp.sin(conv(image, kernel))))
     client, whole = PartitionSpec("client"), PartitionSpec()
 
@@ -263,11 +263,26 @@ def test_what_other_platforms_run_equals_what_the_cpu_runs(role, stacked):
     assert_close(on_cpu, by_lax)
 
 
+@pytest.mark.parametrize("how", [{}, {"strides": (2, 3), "padding": ((3, -1), (-1, 2)), "kernel_dilation": (1, 2)}])
+@pytest.mark.parametrize(
+    ("channels", "dtype", "num"), [(1, "float32", 0), (3, "float32", 0), (4, "float32", 1), (1, "float16", 1)]
+)
+def test_a_thin_image_is_multiplied_entry_by_entry(how, channels, dtype, num):
+    image, kernel = normal(0, (2, 9, 8, channels), dtype), normal(1, (3, 3, channels, 5), dtype)
+    output, back = jax.vjp(lambda image: lax_conv(image, kernel, **({"padding": "SAME"} | how)), image)
+    pads = how.get("padding", ((1, 1), (1, 1)))
+    geometry = Geometry((9, 8), (3, 3), how.get("strides", (1, 1)), pads, how.get("kernel_dilation", (1, 1)), 1)
+    for role, operands, wanted in (("output", (image, kernel), output), ("image", (kernel, output), back(output)[0])):
+        run = partial(_cpu.contract, role, geometry=geometry, stacked=False)
+        assert [name for name, _ in primitives(run, *operands)].count("conv_general_dilated") == num
+        assert_close(run(*operands), wanted, 1e-5 if dtype == "float32" else 1e-2)
+
+
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
 def test_lowers_for_platforms_that_are_not_here(platform):
     gradient = jax.vmap(jax.grad(lambda k, x: jnp.sum(conv(x[None], k))), (None, 0))
     exported = jax.export.export(jax.jit(gradient), platforms=[platform])(
-        normal(1, (3, 3, 2, 2)), normal(0, (4, 5, 5, 2))
+        normal(1, (3, 3, 4, 2)), normal(0, (4, 5, 5, 4))
     )
     assert "convolution" in exported.mlir_module()
 
@@ -288,10 +303,10 @@ def test_lowers_for_platforms_that_are_not_here(platform):
 )
 def test_bad_settings_are_named_in_one_line(how, message):
     with pytest.raises(ValueError) as error:
-        conv(jnp.ones((1, 5, 5, 2)), jnp.ones((3, 3, 2, 2)), **how)
+        conv(jnp.ones((1, 5, 5, 4)), jnp.ones((3, 3, 4, 2)), **how)
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_kernel_of_other_rank_is_refused():
     with pytest.raises(ValueError, match=r"kernel\.ndim is 3"):
-        conv(jnp.ones((1, 5, 5, 2)), jnp.ones((3, 2, 2)))
+        conv(jnp.ones((1, 5, 5, 4)), jnp.ones((3, 4, 2)))
