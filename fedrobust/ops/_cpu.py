@@ -38,13 +38,10 @@ def contract(role: str, first: jax.Array, second: jax.Array, *, geometry: Geomet
     # With one slice there is nothing to gather: a 1 x 1 window on 64 x 28 x 28 x 64 -> 128 sliced 25 ms, swapped 46.
     is_sliced = geometry.groups > 1 or prod(geometry.window) == 1
     ways: dict[str, Callable[..., jax.Array]] = {
-        "output": _side_by_side,
-        "image": _flipped,
+        "output": _output,
+        "image": _image,
         "kernel": _sliced if is_sliced else _swapped,
     }
-    kernel = {"output": second, "image": first}.get(role)
-    if kernel is not None and _is_thin(geometry, kernel.shape[int(stacked) :], kernel.dtype):
-        ways = {"output": _entry_by_entry, "image": _spread_out}
     one = partial(ways[role], geometry)
     if not stacked:
         return one(first, second)
@@ -56,13 +53,21 @@ def contract(role: str, first: jax.Array, second: jax.Array, *, geometry: Geomet
     return found.reshape(-1, *found.shape[2:])
 
 
-def _is_thin(geometry: Geometry, kernel: tuple[int, ...], dtype: jnp.dtype) -> bool:
+def _output(geometry: Geometry, image: jax.Array, kernel: jax.Array) -> jax.Array:
+    return (_entry_by_entry if _is_thin(geometry, kernel) else _side_by_side)(geometry, image, kernel)
+
+
+def _image(geometry: Geometry, kernel: jax.Array, output: jax.Array) -> jax.Array:
+    return (_spread_out if _is_thin(geometry, kernel) else _flipped)(geometry, kernel, output)
+
+
+def _is_thin(geometry: Geometry, kernel: jax.Array) -> bool:
     """Whether the image has so few channels, and the kernel so few entries, that they are taken one by one.
 
     Not in half precision, where a sum of so many terms would be rounded after each.
     """
-    is_small = kernel[-2] <= _FEW_CHANNELS and prod(kernel[:-1]) <= _ENTRIES
-    return geometry.groups == 1 and is_small and dtype.itemsize >= 4
+    is_small = kernel.shape[-2] <= _FEW_CHANNELS and prod(kernel.shape[:-1]) <= _ENTRIES
+    return geometry.groups == 1 and is_small and kernel.dtype.itemsize >= 4
 
 
 def _entry_by_entry(geometry: Geometry, image: jax.Array, kernel: jax.Array) -> jax.Array:
