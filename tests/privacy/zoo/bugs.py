@@ -1,6 +1,6 @@
 """Mistakes that private training has seen, each as a patch to the right code. `law` is the one that must catch it."""
 
-from patching import Bug
+from tests.privacy.zoo.patching import Bug
 
 _SUM = "sum_equals_a_loop"
 _SENSITIVITY = "one_record_moves_the_sum_by_no_more_than_the_sensitivity"

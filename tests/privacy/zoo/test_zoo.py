@@ -1,26 +1,12 @@
 """Seeded privacy bugs: each is caught by its law, and the right trainer breaks none, whatever the seed."""
 
 import functools
-import importlib.util
-import sys
-from pathlib import Path
 
 import pytest
 from dp_accounting.pld import privacy_loss_distribution
 
-HERE = Path(__file__).parent
+from tests.privacy.zoo import bugs, laws, patching
 
-
-def _load(name):
-    """A neighbour of this file, under its bare name."""
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, HERE / f"{name}.py")
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
-patching, laws, bugs = (_load(name) for name in ("patching", "laws", "bugs"))
 LAWS = {law.__name__: law for law in laws.LAWS}
 SEEDS = range(20)
 FIRST = {bug.law: bug for bug in reversed(bugs.BUGS)}
