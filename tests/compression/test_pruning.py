@@ -1,198 +1,13 @@
-from typing import NamedTuple
-
-import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import linen as nn
-from jax import lax
 
-from fedrobust import losses, models, ops, trace, trees
-from fedrobust.compression import (
-    find_channels,
-    kept_units,
-    loss_of_scores,
-    masks,
-    masks_from_units,
-    max_difference,
-    shrink,
-    slice_tree,
-)
+from fedrobust import trace, trees
+from fedrobust.compression import find_channels, kept_units, masks, masks_from_units, max_difference, shrink, slice_tree
+from tests.compression.nets import IMAGE, NETS, ONE, depthwise, flax_cnn, from_room, plain, plain_cnn, residual, same
 
-IMAGE = jax.random.uniform(jax.random.key(7), (3, 8, 8, 2))
-ONE = jax.ShapeDtypeStruct((1, 8, 8, 2), jnp.float32)
-
-
-class Net(NamedTuple):
-    apply: object
-    params: object
-
-
-def draw(shapes):
-    """Parameters none of which is zero or one, as fresh biases and scales are: no error hides behind them."""
-    rng = np.random.default_rng(1)
-
-    def leaf(x):
-        z = rng.normal(size=x.shape)
-        return jnp.asarray(0.5 + 0.2 * z if len(x.shape) < 2 else z / np.sqrt(np.prod(x.shape[:-1])), jnp.float32)
-
-    return jax.tree.map(leaf, shapes)
-
-
-def plain(shapes, apply):
-    return Net(apply, draw({name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}))
-
-
-def from_flax(function):
-    class Wrapped(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            return function(x)
-
-    module = Wrapped()
-    return Net(module.apply, draw(jax.eval_shape(module.init, jax.random.key(0), IMAGE)))
-
-
-def from_haiku(function):
-    pair = hk.without_apply_rng(hk.transform(function))
-    return Net(pair.apply, draw(jax.eval_shape(pair.init, jax.random.key(0), IMAGE)))
-
-
-def from_room(name, builder, **options):
-    model = models.build(name, builder=builder, image_shape=(8, 8, 2), num_classes=3, **options)
-    return Net(model.apply, draw(jax.eval_shape(model.init, jax.random.key(0), IMAGE)))
-
-
-def same(x, kernel, **settings):
-    return ops.conv(x, kernel, padding="SAME", **settings)
-
-
-def plain_cnn():
-    def apply(p, x):
-        x = ops.max_pool(jax.nn.relu(same(x, p["a"]) + p["b"]), (2, 2))
-        return x.reshape(x.shape[0], -1) @ p["c"] + p["d"]
-
-    return plain({"a": (3, 3, 2, 6), "b": (6,), "c": (96, 3), "d": (3,)}, apply)
-
-
-def flax_cnn():
-    def function(x):
-        for width in (8, 12):
-            x = nn.max_pool(nn.gelu(nn.GroupNorm(4)(nn.Conv(width, (3, 3))(x))), (2, 2), (2, 2))
-        return nn.Dense(3)(nn.relu(nn.Dense(6)(x.reshape(x.shape[0], -1))))
-
-    return from_flax(function)
-
-
-def haiku_cnn():
-    def function(x):
-        for width in (8, 12):
-            x = hk.GroupNorm(4)(hk.Conv2D(width, 3, stride=2)(x))
-            x = hk.avg_pool(jax.nn.silu(x), (2, 2, 1), (1, 1, 1), "SAME")
-        return hk.Linear(3)(jax.nn.leaky_relu(hk.Linear(6)(hk.Flatten()(x))))
-
-    return from_haiku(function)
-
-
-def concatenated():
-    def apply(p, x):
-        left, right = jax.nn.elu(same(x, p["a"])), jnp.tanh(same(x, p["b"], strides=1))
-        both = jnp.concatenate([left, x, right], -1)
-        return jax.nn.relu(same(both, p["c"])).max((1, 2)) @ p["d"]
-
-    return plain({"a": (3, 3, 2, 4), "b": (1, 1, 2, 6), "c": (3, 3, 12, 5), "d": (5, 3)}, apply)
-
-
-def depthwise():
-    def apply(p, x):
-        x = jax.nn.relu6(same(x, p["a"]))
-        x = jax.nn.relu(same(x, p["deep"], groups=4) + p["b"])  # two outputs for every channel
-        return same(x, p["point"], strides=2).mean((1, 2)) @ p["d"]
-
-    return plain({"a": (3, 3, 2, 4), "deep": (3, 3, 1, 8), "b": (8,), "point": (1, 1, 8, 6), "d": (6, 3)}, apply)
-
-
-def grouped():
-    def apply(p, x):
-        x = jax.nn.relu(same(x, p["a"]))
-        return jax.nn.relu(same(x, p["b"], groups=3)).mean((1, 2)) @ p["d"]
-
-    return plain({"a": (3, 3, 2, 6), "b": (3, 3, 2, 9), "d": (9, 3)}, apply)
-
-
-def residual():
-    def apply(p, x):
-        x = jax.nn.relu(same(x, p["a"]))
-        for name in ("b", "c"):
-            x = x + jax.nn.softplus(same(x, p[name]))
-        return x.max((1, 2)) @ p["d"]
-
-    return plain({"a": (3, 3, 2, 6), "b": (3, 3, 6, 6), "c": (3, 3, 6, 6), "d": (6, 3)}, apply)
-
-
-def squeeze_excite():
-    def apply(p, x):
-        x = same(x, p["a"])
-        gate = jax.nn.sigmoid(jax.nn.relu(x.mean((1, 2)) @ p["b"]) @ p["c"])
-        return (x * gate[:, None, None]).mean((1, 2)) @ p["d"]
-
-    return plain({"a": (3, 3, 2, 6), "b": (6, 4), "c": (4, 6), "d": (6, 3)}, apply)
-
-
-def padded_shortcut():
-    def apply(p, x):
-        x = jax.nn.relu(same(x, p["a"]))
-        short = jnp.pad(x[:, ::2, ::2], ((0, 0), (0, 0), (0, 0), (1, 3)))
-        return (short + same(x, p["b"], strides=2)).mean((1, 2)) @ p["d"]
-
-    return plain({"a": (3, 3, 2, 4), "b": (3, 3, 4, 8), "d": (8, 3)}, apply)
-
-
-def gated_halves():
-    def apply(p, x):
-        value, gate = jnp.split(same(x, p["a"]), 2, -1)
-        return (value * jax.nn.sigmoid(gate) + np.arange(4, dtype=np.float32)).mean((1, 2)) @ p["d"]
-
-    return plain({"a": (3, 3, 2, 8), "d": (4, 3)}, apply)
-
-
-def layer_norm():
-    def function(x):
-        x = nn.LayerNorm()(nn.Conv(6, (3, 3))(x))
-        return nn.Dense(3)(jnp.mean(x, (1, 2)))
-
-    return from_flax(function)
-
-
-def attention():
-    def function(x):
-        tokens = nn.Dense(6)(x[:, ::4, ::4].reshape(x.shape[0], 4, 2))
-        tokens = tokens + nn.MultiHeadDotProductAttention(num_heads=2, qkv_features=8, out_features=6)(tokens)
-        return nn.Dense(3)(tokens.mean(1))
-
-    return from_flax(function)
-
-
-def channels_first():
-    def apply(p, x):
-        x = jnp.transpose(x, (0, 3, 1, 2))
-        x = jax.nn.relu(lax.conv(x, p["a"], (1, 1), "SAME") + p["b"][:, None, None])
-        return lax.conv(x, p["c"], (2, 2), "VALID").sum((2, 3)) @ p["d"]
-
-    return plain({"a": (6, 2, 3, 3), "b": (6,), "c": (4, 6, 2, 2), "d": (4, 3)}, apply)
-
-
-NETS = {
-    f.__name__: f
-    for f in (
-        *(plain_cnn, flax_cnn, haiku_cnn, concatenated, depthwise, grouped, residual, squeeze_excite),
-        *(padded_shortcut, gated_halves, layer_norm, attention, channels_first),
-    )
-} | {
-    "resnet9_scale_norm": lambda: from_room("resnet9", "flax", width=4, scale_norm=True),
-}
 GROUPS = {
     "plain_cnn": [6],
     "flax_cnn": [4, 4, 6],
@@ -254,50 +69,6 @@ def test_scattered_channels_inside_a_norm_group_would_not_commute():
     odd = jax.tree.map(lambda x: mask if x.shape == mask.shape else x, odd)
     assert kept_units(channels, odd).all()  # part of a unit is masked: nothing can be removed...
     assert max_difference(net.apply, channels, net.params, odd, IMAGE) <= 1e-5  # ...and the zeros are kept
-
-
-def test_masks_remove_the_lowest_scores_of_a_hand_computed_net():
-    net = Net(lambda p, x: (x.mean((1, 2)) @ p["a"] + p["b"]) @ p["c"], None)
-    params = {
-        "a": jnp.array([[3.0, 1.0, 0.0, 2.0], [0.0, 1.0, 0.0, 0.0]]),
-        "b": jnp.array([0.0, 1.0, 2.5, 0.0]),
-        "c": jnp.zeros((4, 3)).at[0, 0].set(1.0),
-    }
-    channels = find_channels(net.apply, params, ONE)
-    assert masks(channels, params, sparsity=0.5, score="l1")["b"].tolist() == [1, 1, 0, 0]  # 4, 3, 2.5, 2
-    assert masks(channels, params, sparsity=0.5, score="l2")["b"].tolist() == [1, 0, 1, 0]  # 10, 3, 6.25, 4
-    got = masks(channels, params, sparsity=0.25, score="l1")
-    np.testing.assert_array_equal(got["a"], [[1, 1, 1, 0]] * 2)
-    np.testing.assert_array_equal(got["c"], [[1] * 3, [1] * 3, [1] * 3, [0] * 3])
-
-
-@pytest.mark.parametrize(("sparsity", "kept"), [(0.0, 6), (0.1, 6), (0.34, 4), (0.5, 3), (2 / 3, 2), (0.999, 1)])
-def test_the_share_removed_is_rounded_down_and_one_unit_stays(sparsity, kept):
-    net = residual()
-    channels = find_channels(net.apply, net.params, ONE)
-    assert kept_units(channels, masks(channels, net.params, sparsity=sparsity)).sum() == kept
-
-
-def test_a_higher_sparsity_keeps_a_subset():
-    net = concatenated()
-    channels = find_channels(net.apply, net.params, ONE)
-    kept = [kept_units(channels, masks(channels, net.params, sparsity=s)) for s in (0.2, 0.5, 0.8)]
-    assert (kept[1] <= kept[0]).all() and (kept[2] <= kept[1]).all()
-
-
-@pytest.mark.parametrize("name", ["squeeze_excite", "attention"])
-def test_the_loss_of_scores_is_that_of_the_masked_model_and_removed_units_can_come_back(name):
-    net, key, label = NETS[name](), jax.random.key(1), jnp.arange(3)
-    channels = find_channels(net.apply, net.params, ONE)
-    scores = jax.random.normal(key, channels.group.shape)
-    chosen = masks(channels, net.params, sparsity=0.5, score=scores)
-    loss = losses.cross_entropy(net.apply)
-    of_scores = loss_of_scores(loss, net.apply, channels, net.params, sparsity=0.5)
-    value, gradient = jax.jit(jax.value_and_grad(lambda s: of_scores(key, s, IMAGE, label).sum()))(scores)
-    masked = jax.jit(loss)(key, trees.multiply(net.params, chosen), IMAGE, label)
-    np.testing.assert_allclose(value, masked.sum(), rtol=1e-5)
-    removed = ~kept_units(channels, chosen)
-    assert (gradient[removed] != 0).sum() >= removed.sum() - 1  # a rectifier may hide one on all images
 
 
 def test_shrinking_a_masked_model_by_hand_gives_the_same_parameters():
@@ -390,14 +161,6 @@ def test_unknown_operations_are_named_and_left_whole():
     assert channels.unknown == ("sort",)
     assert np.bincount(channels.group).tolist() == [6]
     assert max_difference(apply, channels, net.params, masks(channels, net.params, sparsity=0.5), IMAGE) <= 1e-5
-
-
-@pytest.mark.parametrize("sparsity", [-0.1, 1.0, 1.5, float("nan")])
-def test_a_sparsity_out_of_range_is_named(sparsity):
-    net = residual()
-    channels = find_channels(net.apply, net.params, ONE)
-    with pytest.raises(ValueError, match=r"^sparsity is .*must be in \[0, 1\)$"):
-        masks(channels, net.params, sparsity=sparsity)
 
 
 def test_trees_of_another_model_and_empty_layers_are_refused_in_one_line():
