@@ -5,9 +5,9 @@ import functools
 import pytest
 from dp_accounting.pld import privacy_loss_distribution
 
-from tests.privacy.zoo import bugs, laws, patching
+from tests.privacy.zoo import account_laws, bugs, laws, patching
 
-LAWS = {law.__name__: law for law in laws.LAWS}
+LAWS = {law.__name__: law for law in (*laws.LAWS, *account_laws.LAWS)}
 SEEDS = range(20)
 FIRST = {bug.law: bug for bug in reversed(bugs.BUGS)}
 
