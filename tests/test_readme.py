@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from experiments.bench import agreement
 from fedrobust import reporting
 from fedrobust.types import Dataset, Model
 
@@ -62,3 +63,8 @@ def test_a_model_gets_smaller_and_its_files_run(tmp_path, monkeypatch):
 def test_tables_are_those_of_the_rows(path):
     table = reporting.markdown(reporting.table(reporting.read(path))).split("\n\n")[0]
     assert table in README or table in RESULTS
+
+
+def test_the_table_of_other_implementations_is_that_of_its_rows():
+    rows = reporting.read(ROOT / "experiments" / "bench" / "results" / "agreement.jsonl")
+    assert reporting.markdown(agreement.table(rows)).split("\n\n")[0] in RESULTS
