@@ -56,8 +56,9 @@ def gate(
         batch_size: images per prediction >= 1.
         norm: "linf" or "l2".
         eps: the radius > 0 that the accuracies are of; twice and half of it are tried as well.
-        standing: [N] bool, the examples that the evaluation counts as right at `eps`: no probe may break more of them
-            than a check's limit. None: those that the probe "pgd" leaves.
+        standing: [N] bool, the examples that the evaluation counts as right at `eps`: no probe of several steps or
+            questions may break more of them than a check's limit; "fgsm" is compared with "pgd" alone. None: those that
+            the probe "pgd" leaves.
         extra: further attacks that must not find what the white-box ones do not, such as transfer from twins.
         undefended: parameters of the same model trained without a defense, which must fall.
 
