@@ -16,6 +16,7 @@ from fedrobust.trace.program import apply_equation
 from fedrobust.types import Params
 
 _EXACT = 2**24  # float32 holds every integer up to here
+_EVERY_PRODUCT = (jax.lax.Precision.HIGHEST, jax.lax.Precision.HIGHEST)  # none replaced by others, none shortened
 
 
 class Layer(NamedTuple):
@@ -64,9 +65,10 @@ def integer_apply(
             products in a sum (which could exceed 2^31).
 
     Guarantees:
-        The sums are exact, on a CPU in either arithmetic; on an accelerator "float32" is exact if its convolutions add
-        up products (no Winograd, no Fourier transform). Where the float operations in between round differently
-        (another batch size, another compiler) an input on the edge between two integers may fall to the other.
+        The sums are exact, on a CPU in either arithmetic; on an accelerator "float32" is exact if its convolutions of
+        the highest precision add up products (no Winograd, no Fourier transform). Where the float operations in between
+        round differently (another batch size, another compiler) an input on the edge between two integers may fall to
+        the other.
 
     Source: Jacob et al. 2018 (arXiv 1712.05877), equations 1 to 7. Deviation: sums are scaled in float32.
     """
@@ -164,14 +166,14 @@ def _in_float32(equation: trace.Equation, x: jax.Array, w: jax.Array, largest: i
     per_channel = largest * _num_products(equation, w.shape) // size
     at_once = _EXACT // per_channel
     if at_once >= size:
-        return apply_equation(equation, x, w)[0]
+        return apply_equation(equation, x, w, precision=_EVERY_PRODUCT)[0]
     whole = equation.settings.get("feature_group_count", 1) == 1 and at_once >= 1
     check.require(whole, "a sum in float32", size * per_channel, f"at most {_EXACT}, or a sum over groups below that")
     parts = []
     for first in range(0, size, at_once):
         last = min(first + at_once, size)
         some = jax.lax.slice_in_dim(x, first, last, axis=axis), jax.lax.slice_in_dim(w, first, last, axis=kernel_axis)
-        parts += apply_equation(equation, *some)
+        parts += apply_equation(equation, *some, precision=_EVERY_PRODUCT)
     return _exact_sum(parts)
 
 

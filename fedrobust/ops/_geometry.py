@@ -17,6 +17,7 @@ class Geometry(NamedTuple):
         padding: zeros before and after each axis; negative crops.
         dilation: steps between kernel entries.
         groups: independent groups of channels.
+        precision: of the products, as `lax` has it; None for the platform's own.
     """
 
     image: tuple[int, ...]
@@ -25,6 +26,7 @@ class Geometry(NamedTuple):
     padding: tuple[tuple[int, int], ...]
     dilation: tuple[int, ...]
     groups: int
+    precision: lax.Precision | None = None
 
 
 def plain(
@@ -33,7 +35,7 @@ def plain(
     """The convolution as one `lax.conv_general_dilated`.
 
     Args:
-        geometry: strides, padding, dilation and groups are used.
+        geometry: all but the image and the window are used.
         image: [B,*image,Cin].
         kernel: [*window,Cin//groups,Cout].
         image_dilation: steps between the entries of the image, zeros in between; None for 1.
@@ -53,4 +55,5 @@ def plain(
         geometry.dilation,
         lax.ConvDimensionNumbers(image_axes, kernel_axes, image_axes),
         geometry.groups,
+        precision=geometry.precision,
     )

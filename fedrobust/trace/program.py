@@ -23,6 +23,8 @@ _INLINED = {
     "custom_vmap_call": "call",
 }
 
+_PRECISIONS = (None, *((precision, precision) for precision in jax.lax.Precision))
+
 
 class Equation(NamedTuple):
     """One operation.
@@ -126,7 +128,7 @@ def is_channels_last(settings: dict[str, Any], image: Any, kernel: Any) -> bool:
         and tuple(dims.lhs_spec) == tuple(dims.out_spec) == (0, last, *range(1, last))
         and set(settings["lhs_dilation"]) == {1}
         and settings["batch_group_count"] == 1
-        and settings["precision"] is None
+        and settings["precision"] in _PRECISIONS
         and settings["preferred_element_type"] in (None, image.dtype)
         and image.dtype == kernel.dtype
     )
@@ -143,6 +145,7 @@ def channels_last_convolution(settings: dict[str, Any], image: Any, kernel: Any)
         padding=settings["padding"],
         kernel_dilation=settings["rhs_dilation"],
         groups=settings["feature_group_count"],
+        precision=settings["precision"] and settings["precision"][0],
     )
 
 

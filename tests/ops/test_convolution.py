@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec
 
 from fedrobust.ops import _contractions, _cpu, conv
 from fedrobust.ops._geometry import Geometry, plain
+from tests.ops.convolutions import assert_close, normal, primitives
 
 
 def lax_conv(image, kernel, *, strides=1, padding="SAME", kernel_dilation=1, groups=1):
@@ -28,11 +29,6 @@ def lax_conv(image, kernel, *, strides=1, padding="SAME", kernel_dilation=1, gro
     )
 
 
-def normal(stream, shape, dtype=jnp.float32):
-    # NumPy draws: jax.random would compile once per shape.
-    return jnp.asarray(np.random.default_rng(stream).standard_normal(shape), dtype)
-
-
 def squares(tree):
     return sum(jnp.sum(jnp.square(x)) for x in jax.tree.leaves(tree))
 
@@ -46,11 +42,6 @@ def derivatives(function):
     first = jax.grad(energy, (0, 1))
     second = jax.grad(lambda image, kernel: squares(first(image, kernel)), (0, 1))
     return jax.jit(lambda *operands: (function(*operands), first(*operands), second(*operands)))
-
-
-def assert_close(got, wanted, tolerance=1e-4):
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
-        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * max(1.0, float(np.max(np.abs(b), initial=0))))
 
 
 @st.composite
@@ -173,22 +164,6 @@ def test_forward_mode_equals_lax():
     image, kernel = normal(0, (2, 5, 5, 4)), normal(1, (3, 3, 4, 2))
     hessian = lambda f: jax.jit(jax.hessian(lambda k: jnp.sum(jnp.sin(f(image, k)))))(kernel)  # noqa: E731
     assert_close(hessian(conv), hessian(lax_conv))
-
-
-def primitives(function, *arguments):
-    """Every equation of a jaxpr, calls opened, as (primitive name, parameters)."""
-    found = []
-
-    def visit(jaxpr):
-        for equation in jaxpr.eqns:
-            found.append((equation.primitive.name, equation.params))
-            for value in equation.params.values():
-                inner = getattr(value, "jaxpr", value)
-                if hasattr(inner, "eqns"):
-                    visit(inner)
-
-    visit(jax.make_jaxpr(function)(*arguments).jaxpr)
-    return found
 
 
 def test_jaxpr_without_vmap_holds_exactly_one_lax_convolution():
