@@ -19,7 +19,8 @@ NETWORKS = {"resnet9": (28, 32), "small_cnn": (8, 24)}
 """Height and width of its images, and its base width."""
 NUM_STEPS = {"pgd40": 40, "apgd100": 100, "weak40": 40}
 JAX_LIBRARIES = ("ours", "plain", "foolboxjax", "foolboxjaxjit")
-FEW = 64  # images that take all these steps; more take a fifth of them on "resnet9", except "weak40"
+FEW = 64  # images that take all these steps on every side
+BRIEF = ("apgd100", "foolboxjax", "foolboxjaxjit", "art")  # attacks and sides that take a fifth with more, on "resnet9"
 SMALL = 1e-4  # a radius at which nothing breaks, so that all sides take all steps
 LARGE = 0.3  # where this model has no defense
 STEP_SHARE = 0.25  # a step over the radius
@@ -37,7 +38,7 @@ def side(name: str, file: str) -> Step:
         arrays = dict(stored)
     image, label = arrays.pop("image")[:size], arrays.pop("label")[:size]
     make = _jax_side if library in JAX_LIBRARIES else _torch_side
-    return make(network, attack, library, num_steps(network, attack, size), arrays, image, label)
+    return make(network, attack, library, num_steps(network, attack, library, size), arrays, image, label)
 
 
 def parts(name: str) -> tuple[str, str, str, int]:
@@ -47,9 +48,10 @@ def parts(name: str) -> tuple[str, str, str, int]:
     return network, attack, library, int(size)
 
 
-def num_steps(network: str, attack: str, size: int) -> int:
-    """Steps of an attack on this many images."""
-    return NUM_STEPS[attack] // (5 if network == "resnet9" and size > FEW and attack != "weak40" else 1)
+def num_steps(network: str, attack: str, library: str, size: int) -> int:
+    """Steps of a side's attack on this many images."""
+    is_brief = network == "resnet9" and size > FEW and (attack in BRIEF or library in BRIEF)
+    return NUM_STEPS[attack] // (5 if is_brief else 1)
 
 
 def save(file: str, network: str, num: int) -> None:
