@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, Literal
 
 from experiments.combinations.settings import COMBINATIONS, Attack, Study
 from fedrobust import check
@@ -18,11 +18,14 @@ class Attacking:
     data_dir: str | None = None
     """Folder of prepared TFDS sets (default: TFDS_DATA_DIR, else ~/tensorflow_datasets)."""
     out: str | None = None
-    """Folder for rows, tables and figures (default: results/attack-NAME-SUITE, NAME that of the first folder)."""
+    """Folder for rows, tables and figures (default: results/attack-NAME-SUITE, NAME that of the first folder; for val
+    with -val)."""
     seeds: tuple[int, ...] = ()
     """Which seeds (default: all there are)."""
     combinations: tuple[str, ...] = ()
     """Which combinations (default: all there are)."""
+    split: Literal["test", "val"] = "test"
+    """Images that are attacked. Settings are chosen by those of val."""
     attack: Attack = field(default_factory=lambda: Attack(suite="auto_attack", gate_examples=128))
     """Attacks at inference time."""
 
@@ -35,6 +38,7 @@ class Attacking:
         check.require(len(self.models) > 0, "--models", self.models, "at least one folder that a study left")
         for combination in self.combinations:
             check.one_of("--combinations", combination, COMBINATIONS)
+        check.one_of("--split", self.split, ("test", "val"))
         check.require(len(set(self.seeds)) == len(self.seeds), "--seeds", self.seeds, "none twice")
 
 

@@ -59,20 +59,21 @@ def run(attacking: Attacking, console: Console) -> Path:
     """
     cases = find(attacking)
     first = Path(attacking.models[0]).resolve().name
-    out = Path(attacking.out or f"results/attack-{first}-{attacking.attack.suite}")
+    suffix = "-val" if attacking.split == "val" else ""
+    out = Path(attacking.out or f"results/attack-{first}-{attacking.attack.suite}{suffix}")
     study = dataclasses.replace(study_of(cases[0].row["config"]), attack=attacking.attack, data_dir=attacking.data_dir)
-    config = config_of(study)
+    config = config_of(study) | ({"split": "val"} if attacking.split == "val" else {})
     grid.require_same(out, config)
     digests = {case.name: digest(case.path) for case in cases}
     for row in reporting.read(out / "rows.jsonl"):
         name, file = name_of_row(row), row.get("attacked_with", {}).get("file")
         same = digests.get(name, file) == file
         check.require(same, "--models", attacking.models, f"folders with the {name} that {out} has a row of")
-    test = data.load(study.dataset, data_dir=study.data_dir).test
+    splits = data.load(study.dataset, data_dir=study.data_dir)
     has_rows = grid.fill(
         out,
         config,
-        {case.name: functools.partial(attack, study, config, case, test) for case in cases},
+        {case.name: functools.partial(attack, study, config, case, splits) for case in cases},
         name_of_row,
         console,
     )
@@ -115,20 +116,25 @@ def find(attacking: Attacking) -> Sequence[Case]:
     return sorted(wanted, key=lambda case: case.row["seed"])
 
 
-def attack(study: Study, config: dict[str, Any], case: Case, test: Dataset, progress: Show) -> reporting.Row:
-    """One model's row, with what the attacks find now.
+def attack(study: Study, config: dict[str, Any], case: Case, splits: data.Splits, progress: Show) -> reporting.Row:
+    """One model's row, with what the attacks find now, on val where the configuration says so.
 
     Raises:
         ValueError: the model is not the one that its row speaks of.
     """
     attacked = progress("attacks")
     attacked(0, 1, {})
+    test = splits.test
+    measured = splits.val if config.get("split") == "val" else test
     model = build_model(study, test.image.shape[1:], test.num_classes)
     final = from_file(model, case.path, test.image[:BATCH_SIZE])
-    clean = evaluation.metrics(evaluation.predict(final.apply, final.params, test.image, BATCH_SIZE), test.label)
-    found, said = (
-        np.asarray([figures[name] for name in _CLEAN], float) for figures in (clean._asdict(), case.row["clean"])
-    )
+
+    def metrics(images: Dataset) -> evaluation.Metrics:
+        logits = evaluation.predict(final.apply, final.params, images.image, BATCH_SIZE)
+        return evaluation.metrics(logits, images.label)
+
+    both = metrics(test)._asdict(), case.row["clean"]
+    found, said = (np.asarray([figures[name] for name in _CLEAN], float) for figures in both)
     same = np.allclose(found, said, rtol=0, atol=TOLERANCE, equal_nan=True)
     check.require(
         same,
@@ -136,12 +142,12 @@ def attack(study: Study, config: dict[str, Any], case: Case, test: Dataset, prog
         found.round(3).tolist(),
         f"its row's {said.round(3).tolist()}",
     )
-    robust, checks = robustness(study.attack, final, test, keys.stream(keys.root(case.row["seed"]), "evaluate"))
+    robust, checks = robustness(study.attack, final, measured, keys.stream(keys.root(case.row["seed"]), "evaluate"))
     return {
         **case.row,
         "config": config,
         "config_hash": reporting.config_hash(config),
-        "clean": clean._asdict(),
+        "clean": metrics(measured)._asdict(),
         "robust": robust,
         "checks": checks,
         "attacked_with": {**provenance(), "file": digest(case.path)},

@@ -8,8 +8,8 @@ side takes every step. PyTorch takes the faster of its memory formats. Each side
 its turn comes; medians; compilation is not timed. Ratios are ours over theirs, of speed. Every JAX process has as
 many CPU devices as cores, and our side deals the images out to them (`attacks.run(num_devices=None)`). Rows for 64
 images have the plain name, those for 512 end in _512; there Auto-PGD and the sides of foolbox on JAX and ART take a
-fifth of the steps. Rows that begin with small_cnn_ are of the small CNN at base width 24 (32 k parameters) on the digits
-as they are, 8 x 8, all steps at both sizes: there a step costs less than what surrounds it.
+fifth of the steps. Rows that begin with small_cnn_ are of the small CNN at base width 24 (32 k parameters) on the
+digits as they are, 8 x 8, all steps at both sizes: there a step costs less than what surrounds it.
 
 - pgd40_over_torchattacks, pgd40_over_foolbox_torch, pgd40_over_art;
 - pgd40_over_foolbox_jax: the model given as the function it is; pgd40_over_foolbox_jax_jit: wrapped in jax.jit;

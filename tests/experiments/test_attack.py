@@ -11,7 +11,7 @@ from experiments.attack.settings import Attacking, study_of
 from experiments.combinations.presets import preset
 from experiments.combinations.study import config_of
 from experiments.run import main
-from fedrobust import reporting
+from fedrobust import data, reporting
 from fedrobust.models import SPECS
 from fedrobust.models.spec import Conv, Dense, GlobalPool, Norm, Relu
 
@@ -77,16 +77,34 @@ def test_the_same_attacks_find_what_the_study_found_and_more_steps_no_less(train
         assert (tmp_path / "more" / name).is_file()
 
 
+def test_settings_are_chosen_on_the_validation_split(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for settings in (SAME, f"{SAME} --split val"):
+        assert main(f"attack --models {trained / 'seed1'} {settings}".split()) == 0
+    folder = tmp_path / "results"
+    (of_test,), (of_val,) = (reporting.read(folder / f"attack-seed1-pgd{end}/rows.jsonl") for end in ("", "-val"))
+    (before,) = reporting.read(trained / "seed1" / "rows.jsonl")
+    assert of_test["clean"] == before["clean"] != of_val["clean"]
+    splits = data.load("digits")
+    num = {entry["accuracy"] * len(splits.val.label) for entry in (of_val["clean"], *of_val["robust"].values())}
+    assert all(abs(x - round(x)) < 1e-6 for x in num)
+    assert of_val["config"] == {**of_test["config"], "split": "val"}
+    assert "validation split" in (folder / "attack-seed1-pgd-val" / "table.md").read_text()
+    capsys.readouterr()
+    assert attack(trained, folder / "attack-seed1-pgd", f"{SAME} --split val", "seed1") == 2
+    assert "split" in capsys.readouterr().err
+
+
 def test_a_kill_loses_no_row_and_none_is_attacked_twice(trained, tmp_path, monkeypatch):
     asked = []
     real = attack_study.attack
 
-    def watched(study, config, case, test, show):
+    def watched(study, config, case, splits, show):
         if len(asked) == 1:
             asked.append("killed")
             raise KeyboardInterrupt
         asked.append(case.name)
-        return real(study, config, case, test, show)
+        return real(study, config, case, splits, show)
 
     monkeypatch.setattr(attack_study, "attack", watched)
     with pytest.raises(KeyboardInterrupt):
@@ -127,6 +145,7 @@ BAD = [
     (None, "--seeds 7", "--seeds is 7: must be one of 0, 1"),
     (None, "--combinations at", "--combinations is 'at': must be one of mc, plain"),
     (None, "--combinations fast", "--combinations is 'fast'"),
+    (None, "--split train", "--split"),
     (None, "--seeds 1 1", "--seeds is (1, 1): must be none twice"),
     (None, "--attack.eps -1", "--attack.eps is -1.0"),
 ]
