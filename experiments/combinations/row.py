@@ -161,7 +161,7 @@ def robustness(settings: AttackSettings, final: Final, test: Dataset, key: Key) 
     cascade = settings.suite == "auto_attack"
     threats = _threats(settings, test.num_classes)
     found = evaluation.evaluate(apply, params, test, threats, key, BATCH_SIZE, cascade=cascade)
-    standing = ~found.broken[f"worst_linf_{eps:.2g}"][:num]
+    standing = ~found.broken["linf", eps][:num]
     return found.robust, [*found.checks, *gate(standing=standing)]
 
 

@@ -53,12 +53,12 @@ class Robustness(NamedTuple):
             worst case) and `interval`, the 95 % Clopper-Pearson interval of the accuracy over draws of the data set. An
             example counts as right when it is right on the clean image and under the attack.
         checks: those of the samples themselves, see `evaluation.Check`.
-        broken: `worst_NORM_EPS` -> [N] bool, which examples are wrong in the worst case.
+        broken: `(norm, eps)` -> [N] bool, which examples are wrong in the worst case.
     """
 
     robust: dict[str, dict[str, Any]]
     checks: list[dict[str, Any]]
-    broken: dict[str, np.ndarray]
+    broken: dict[tuple[str, float], np.ndarray]
 
 
 class Check(NamedTuple):
@@ -150,7 +150,7 @@ def evaluate(
                 robust[threat.name(eps)] = _entry(own, label, threat, eps)
             union = unions[norm, eps]
             robust[union.name(eps)] = {**_entry(worst, label, union, eps), "steps": None, "restarts": None}
-            broken[union.name(eps)] = worst != label
+            broken[norm, eps] = worst != label
             fragile &= worst != label
     strength = [] if cascade else _check_strength(cases, robust)
     return Robustness(robust, [*check_samples(outcomes, label), *strength], broken)
