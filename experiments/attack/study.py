@@ -49,8 +49,8 @@ def run(attacking: Attacking, console: Console) -> Path:
 
     Returns:
         The folder that holds `rows.jsonl` and what `combinations` makes of it. A row is the study's, with what was
-        measured now in place of `robust` and `checks`, and `attacked_with`: the versions and the device of it, and
-        `file`, the digest of the model's.
+        measured now in place of `robust` and `checks` (of val: `clean`, too, and nothing of poisoned trainings), and
+        `attacked_with`: the versions and the device of it, and `file`, the digest of the model's.
 
     Raises:
         ValueError: bad settings or data, damaged models, or a folder that holds rows of another configuration or of
@@ -124,8 +124,7 @@ def attack(study: Study, config: dict[str, Any], case: Case, splits: data.Splits
     """
     attacked = progress("attacks")
     attacked(0, 1, {})
-    test = splits.test
-    measured = splits.val if config.get("split") == "val" else test
+    test, of_val = splits.test, config.get("split") == "val"
     model = build_model(study, test.image.shape[1:], test.num_classes)
     final = from_file(model, case.path, test.image[:BATCH_SIZE])
 
@@ -133,8 +132,8 @@ def attack(study: Study, config: dict[str, Any], case: Case, splits: data.Splits
         logits = evaluation.predict(final.apply, final.params, images.image, BATCH_SIZE)
         return evaluation.metrics(logits, images.label)
 
-    both = metrics(test)._asdict(), case.row["clean"]
-    found, said = (np.asarray([figures[name] for name in _CLEAN], float) for figures in both)
+    clean = metrics(test)._asdict()
+    found, said = (np.asarray([figures[name] for name in _CLEAN], float) for figures in (clean, case.row["clean"]))
     same = np.allclose(found, said, rtol=0, atol=TOLERANCE, equal_nan=True)
     check.require(
         same,
@@ -142,14 +141,16 @@ def attack(study: Study, config: dict[str, Any], case: Case, splits: data.Splits
         found.round(3).tolist(),
         f"its row's {said.round(3).tolist()}",
     )
+    measured = splits.val if of_val else test
     robust, checks = robustness(study.attack, final, measured, keys.stream(keys.root(case.row["seed"]), "evaluate"))
     return {
         **case.row,
         "config": config,
         "config_hash": reporting.config_hash(config),
-        "clean": metrics(measured)._asdict(),
+        "clean": metrics(measured)._asdict() if of_val else clean,
         "robust": robust,
         "checks": checks,
+        "poisoned": None if of_val else case.row["poisoned"],
         "attacked_with": {**provenance(), "file": digest(case.path)},
     }
 

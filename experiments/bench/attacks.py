@@ -7,9 +7,9 @@ Auto-PGD of 100 from the clean image, cross-entropy, "linf", at a radius of 1e-4
 side takes every step. PyTorch takes the faster of its memory formats. Each side is a process of its own and runs when
 its turn comes; medians; compilation is not timed. Ratios are ours over theirs, of speed. Every JAX process has as
 many CPU devices as cores, and our side deals the images out to them (`attacks.run(num_devices=None)`). Rows for 64
-images have the plain name, those for 512 end in _512; there Auto-PGD and the sides of foolbox on JAX and ART take a
-fifth of the steps. Rows that begin with small_cnn_ are of the small CNN at base width 24 (32 k parameters) on the
-digits as they are, 8 x 8, all steps at both sizes: there a step costs less than what surrounds it.
+images have the plain name, those for 512 end in _512; there Auto-PGD, and foolbox on JAX, whose steps are all alike,
+take a fifth of the steps. Rows that begin with small_cnn_ are of the small CNN at base width 24 (32 k parameters) on
+the digits as they are, 8 x 8, all steps at both sizes: there a step costs less than what surrounds it.
 
 - pgd40_over_torchattacks, pgd40_over_foolbox_torch, pgd40_over_art;
 - pgd40_over_foolbox_jax: the model given as the function it is; pgd40_over_foolbox_jax_jit: wrapped in jax.jit;
@@ -18,7 +18,7 @@ digits as they are, 8 x 8, all steps at both sizes: there a step costs less than
   the same search with all examples in step to its end. 40 steps per image count on both sides.
 
 Command: python -m experiments.bench attacks, with `pip install -e ".[attacks]"` for the rows of the others.
-Cost: about 30 minutes on 2 CPU cores.
+Cost: about 35 minutes on 2 CPU cores.
 """
 
 import importlib.util

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
+
 from experiments.combinations.federation import Hospitals
 from experiments.combinations.provenance import provenance
 from experiments.combinations.settings import Study
@@ -60,7 +62,8 @@ def open_account(
         out: the folder of the study.
     """
     # The rest of what bits depend on; with another of these a resumed training pays again from where it stood.
-    made_with = reporting.config_hash({**provenance(), "client_map": study.client_map})
+    machine = {**provenance(), "num_devices": jax.device_count()}
+    made_with = reporting.config_hash({**machine, "client_map": study.client_map})
     run = f"settings {config_hash}, records {site.digest}, made with {made_with}"
     budget = ledger.Budget(study.dp.epsilon, study.dp.delta)
     return Account(out / "ledger.jsonl", training, run, plan, budget, study.clients)

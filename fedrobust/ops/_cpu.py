@@ -5,11 +5,10 @@ output over the cores and nothing else, so most images keep one core busy: the i
 here. Inside a loop its fast kernel takes one order of axes only: the gradients are brought into that order by hand. An
 image smaller than the window goes to a naive kernel: such an image is padded beforehand. And its kernel needs channels
 to be fast: an image of one or three is multiplied entry by entry of the kernel. It multiplies at the speed of the core,
-so that a window of 3 x 3 over many channels gains from fewer multiplications alone: Winograd's, where each device has
-one core (as with `jax_num_cpu_devices`); over two cores their many small products are spread worse than one large one.
+so that a window of 3 x 3 over many channels gains from fewer multiplications alone, Winograd's: where each device has
+one core, under a `shard_map` or `pmap`; over two cores their many small products are spread worse than one large one.
 """
 
-import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import product
@@ -203,18 +202,17 @@ def _dense(geometry: Geometry, image: jax.Array, kernel: jax.Array) -> jax.Array
         and geometry.strides == geometry.dilation == ones
         and geometry.groups == 1
         and min(kernel.shape[-2:]) >= _MANY_CHANNELS
+        and jnp.issubdtype(kernel.dtype, jnp.floating)
         and kernel.dtype.itemsize >= 4
         and geometry.precision is None
-        and _has_one_core_each()
+        and _is_one_of_several()
     )
     return (_in_tiles if is_tiled else _side_by_side)(geometry, image, kernel)
 
 
-def _has_one_core_each() -> bool:
-    """Whether there are as many CPU devices as cores that this process may use."""
-    has_affinity = hasattr(os, "sched_getaffinity")
-    num_cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
-    return len(jax.local_devices(backend="cpu")) >= num_cores
+def _is_one_of_several() -> bool:
+    """Whether what is compiled is one device's part of a `shard_map` or `pmap`: then each device has a core."""
+    return bool(jax.sharding.get_abstract_mesh().manual_axes)
 
 
 def _in_tiles(geometry: Geometry, image: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -224,7 +222,7 @@ def _in_tiles(geometry: Geometry, image: jax.Array, kernel: jax.Array) -> jax.Ar
     Milliseconds by `lax` and so, one core: 16 x 14 x 14 x 64 -> 64 channels 1.7 and 1.2, 64 -> 128 3.4 and 2.1;
     16 x 7 x 7 x 128 -> 128 1.9 and 1.3; 64 x 28 x 28 x 64 -> 64 31 and 24. With fewer channels the sums that make the
     tiles cost what the products save: 16 x 28 x 28 x 64 -> 32 3.7 and 4.4. ResNet-9's attack of 64 images, one device
-    per core: 1.15 times as fast; its logits of 64 images on one device of two cores would take 1.25 times as long.
+    per core: 1.15 times as fast. Its logits of 64 images on one device of two cores would take 1.25 times as long.
     """
     transformed = [_sums(_OF_KERNEL, row) for row in _sums(_OF_KERNEL, kernel)]
     size = max(1, _PIECE // prod(geometry.image))

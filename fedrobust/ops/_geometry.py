@@ -26,7 +26,7 @@ class Geometry(NamedTuple):
     padding: tuple[tuple[int, int], ...]
     dilation: tuple[int, ...]
     groups: int
-    precision: lax.Precision | None = None
+    precision: lax.PrecisionLike = None
 
 
 def plain(

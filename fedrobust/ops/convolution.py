@@ -19,7 +19,7 @@ def conv(
     padding: str | Sequence[tuple[int, int]] = "SAME",
     kernel_dilation: int | Sequence[int] = 1,
     groups: int = 1,
-    precision: lax.Precision | None = None,
+    precision: lax.PrecisionLike = None,
 ) -> jax.Array:
     """`lax.conv_general_dilated` with channels last, whose derivatives stay fast in loops and under `vmap`.
 
@@ -33,8 +33,9 @@ def conv(
         padding: "SAME", "VALID", or (before, after) per spatial axis; negative crops.
         kernel_dilation: steps >= 1 between the entries of the kernel, one for all axes or one per axis.
         groups: independent groups of channels, a divisor of Cin and Cout.
-        precision: as of `lax.conv_general_dilated`. With None a CPU may sum other products than the plain ones, fewer
-            of them, and an accelerator may shorten them; with `HIGHEST` sums of whole numbers are exact up to 2^24.
+        precision: as of `lax.conv_general_dilated`; None for `jax_default_matmul_precision`. Where that is None too, a
+            CPU may sum other products than the plain ones, fewer of them, and an accelerator may shorten them. With
+            any other a CPU sums the plain ones: whole numbers in float32 are exact up to 2^24.
 
     Returns:
         [B,*output,Cout].
@@ -72,6 +73,8 @@ def conv(
     sizes = [n + low + high for n, (low, high) in zip(image.shape[1:-1], pads, strict=True)]
     fits = all(r <= n for r, n in zip(reach, sizes, strict=True))
     check.require(fits, "kernel.shape", kernel.shape, f"no larger, dilated, than the padded image, {sizes}")
+    if precision is None:
+        precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
     return _conv(Geometry(image.shape[1:-1], window, steps, pads, dilation, groups, precision), image, kernel)
 
 

@@ -44,7 +44,7 @@ def accuracy_against_radius(rows: Sequence[Row], path: Path | str) -> Path:
             _radius_line(panel, combination, group, norm, radii, unit)
         panel.set_xticks([0, *(unit * eps for eps in radii)])
         panel.set_xlabel(f"attack radius, {summary.norm_text(norm)}" + (" (× 1/255)" if in_levels else ""))
-        panel.set_ylabel("test accuracy, worst attack (%)")
+        panel.set_ylabel(f"{summary.split_name(rows)} accuracy, worst attack (%)")
         panel.set_ylim(-2, 102)
         panel.set_xlim(left=0)
     return save_figure(figure, path, _line_handles(rows))

@@ -74,6 +74,11 @@ def robust_rule(row: Row) -> str | None:
     return names[0] if names else None
 
 
+def split_name(rows: Iterable[Row]) -> str:
+    """Of the split that the rows' accuracies are of: "test", or "validation" where any is of that."""
+    return "validation" if any(row["config"].get("split") == "val" for row in rows) else "test"
+
+
 def ratio_text(ratio: float) -> str:
     """A size over the dense one, as in "1/8.3"; 1 for no change.
 

@@ -169,7 +169,7 @@ def _notes(rows: Sequence[Row]) -> list[str]:
         "acc, bal: accuracy and its mean over classes, in %, mean over seeds (± standard deviation); L∞, L2: the lowest"
         " over all attacks at that radius. size: over the dense float32 model's."
     ]
-    notes += ["Measured on the validation split."] * any(row["config"].get("split") == "val" for row in rows)
+    notes += ["Accuracies on the validation split."] * (summary.split_name(rows) == "validation")
     poisonings = dict.fromkeys(
         f"{100 * row['poisoned']['malicious_share']:.3g} % malicious clients ({_words(row['poisoned']['attack'])}), by"
         f" mean and by {_words(summary.robust_rule(row))} (rule)"

@@ -115,7 +115,10 @@ def test_a_resumed_training_with_other_numbers_pays_again(tmp_path, monkeypatch)
         rounds(opened(tmp_path), 9, 20, looked)
     assert num_charged() == 12 + 11
     rounds(opened(tmp_path, dataclasses.replace(STUDY, client_map="vmap")), 10, 20, looked)
-    assert num_charged() == 12 + 11 + 11
+    with monkeypatch.context() as patch:
+        patch.setattr("jax.device_count", lambda: 99)
+        rounds(opened(tmp_path), 10, 20, looked)
+    assert num_charged() == 12 + 11 + 11 + 11
     image, label, num_classes = SITE.splits.train
     changed = image.copy()
     changed[7, 3, 3] += 1e-3
@@ -123,11 +126,11 @@ def test_a_resumed_training_with_other_numbers_pays_again(tmp_path, monkeypatch)
         train = Dataset(*record, num_classes)
         rounds(opened(tmp_path, site=SITE._replace(splits=SITE.splits._replace(train=train))), 10, 20, looked)
     rounds(opened(tmp_path, site=SITE._replace(parts=SITE.parts[::-1])), 10, 20, looked)
-    assert num_charged() == 12 + 11 + 11 + 3 * 11
+    assert num_charged() == 12 + 11 + 11 + 11 + 3 * 11
     rounds(opened(tmp_path), 9, 20, looked)
-    assert num_charged() == 12 + 11 + 11 + 3 * 11 + 8  # the first part of this very run is paid for
+    assert num_charged() == 12 + 11 + 11 + 11 + 3 * 11 + 8  # the first part of this very run is paid for
     rounds(opened(tmp_path, config_hash="ba9876543210"), 18, 20, looked)
-    assert num_charged() == 12 + 11 + 11 + 3 * 11 + 8 + 2
+    assert num_charged() == 12 + 11 + 11 + 11 + 3 * 11 + 8 + 2
 
 
 def test_each_training_of_a_row_has_an_account_of_its_own(tmp_path):

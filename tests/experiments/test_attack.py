@@ -89,7 +89,7 @@ def test_settings_are_chosen_on_the_validation_split(trained, tmp_path, monkeypa
     num = {entry["accuracy"] * len(splits.val.label) for entry in (of_val["clean"], *of_val["robust"].values())}
     assert all(abs(x - round(x)) < 1e-6 for x in num)
     assert of_val["config"] == {**of_test["config"], "split": "val"}
-    assert "validation split" in (folder / "attack-seed1-pgd-val" / "table.md").read_text()
+    assert "on the validation split" in (folder / "attack-seed1-pgd-val" / "table.md").read_text()
     capsys.readouterr()
     assert attack(trained, folder / "attack-seed1-pgd", f"{SAME} --split val", "seed1") == 2
     assert "split" in capsys.readouterr().err

@@ -31,7 +31,7 @@ def test_rows_are_those_that_are_asked_for():
 
 def test_a_side_is_its_network_attack_library_and_size():
     assert attack_sides.parts("small_cnn-pgd40_foolboxjax_512") == ("small_cnn", "pgd40", "foolboxjax", 512)
-    cases = itertools.product(("resnet9", "small_cnn"), ("pgd40",), ("ours", "art"), (64, 512))
+    cases = itertools.product(("resnet9", "small_cnn"), ("pgd40",), ("ours", "foolboxjax"), (64, 512))
     assert [attack_sides.num_steps(*case) for case in cases] == [40, 40, 40, 8, 40, 40, 40, 40]
     assert attack_sides.num_steps("resnet9", "apgd100", "torchattacks", 512) == 20
     assert attack_sides.num_steps("resnet9", "weak40", "plain", 512) == 40
@@ -61,13 +61,13 @@ def test_speeds_are_images_times_steps_over_seconds(installed, monkeypatch, caps
     monkeypatch.setattr(attack_sides, "save", lambda file, network, num: None)
     monkeypatch.setattr(attacks.importlib.util, "find_spec", lambda name: name if name in installed else None)
     found = {row.name: row for row in attacks.run()}
-    brief = {f"pgd40_over_{name}_512" for name in ("foolbox_jax", "foolbox_jax_jit", "art")}  # a fifth of our steps
+    brief = {f"pgd40_over_{name}_512" for name in ("foolbox_jax", "foolbox_jax_jit")}  # a fifth of our steps
     assert {name: row.ratio for name, row in found.items()} == {name: 2.0 + 8.0 * (name in brief) for name in found}
     assert found["pgd40_compacted_over_plain_512"].ours == pytest.approx(512 * 40 / 0.1)
     if "art" in installed:
         assert len(found) == 24
-        assert found["pgd40_over_art_512"].ours == pytest.approx(512 * 40 / 0.1)
-        assert found["pgd40_over_art_512"].against == pytest.approx(512 * 8 / 0.2)
+        assert found["pgd40_over_foolbox_jax_512"].ours == pytest.approx(512 * 40 / 0.1)
+        assert found["pgd40_over_foolbox_jax_512"].against == pytest.approx(512 * 8 / 0.2)
         assert found["small_cnn_pgd40_over_art_512"].against == pytest.approx(512 * 40 / 0.2)
     else:
         assert len(found) == 2 and "small_cnn_pgd40_over_art: left out, needs pip install" in capsys.readouterr().err

@@ -3,6 +3,22 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
+
+
+def lax_conv(image, kernel, *, strides=1, padding="SAME", kernel_dilation=1, groups=1):
+    axes = image.ndim - 2
+    spatial = "DHW"[-axes:]
+    each = lambda value: (value,) * axes if isinstance(value, int) else value  # noqa: E731
+    return lax.conv_general_dilated(
+        image,
+        kernel,
+        each(strides),
+        padding,
+        rhs_dilation=each(kernel_dilation),
+        dimension_numbers=(f"N{spatial}C", f"{spatial}IO", f"N{spatial}C"),
+        feature_group_count=groups,
+    )
 
 
 def normal(stream, shape, dtype=jnp.float32):

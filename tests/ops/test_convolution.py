@@ -11,22 +11,7 @@ from jax.sharding import PartitionSpec
 
 from fedrobust.ops import _contractions, _cpu, conv
 from fedrobust.ops._geometry import Geometry, plain
-from tests.ops.convolutions import assert_close, normal, primitives
-
-
-def lax_conv(image, kernel, *, strides=1, padding="SAME", kernel_dilation=1, groups=1):
-    axes = image.ndim - 2
-    spatial = "DHW"[-axes:]
-    each = lambda value: (value,) * axes if isinstance(value, int) else value  # noqa: E731
-    return lax.conv_general_dilated(
-        image,
-        kernel,
-        each(strides),
-        padding,
-        rhs_dilation=each(kernel_dilation),
-        dimension_numbers=(f"N{spatial}C", f"{spatial}IO", f"N{spatial}C"),
-        feature_group_count=groups,
-    )
+from tests.ops.convolutions import assert_close, lax_conv, normal, primitives
 
 
 def squares(tree):

@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
 
+from fedrobust import devices
 from fedrobust.ops import _cpu, conv
 from fedrobust.ops._geometry import Geometry, plain
-from tests.ops.convolutions import assert_close, normal, primitives
+from tests.ops.convolutions import assert_close, lax_conv, normal, primitives
 
 
 @st.composite
@@ -31,43 +32,95 @@ def test_tiles_of_any_piece_of_the_batch_make_the_convolution(case):
     assert_close(got, jax.jit(partial(plain, geometry))(image, kernel), 1e-5)
 
 
+MANY = {"image": (7, 6), "window": (3, 3), "strides": (1, 1), "padding": ((1, 1), (1, 1)), "dilation": (1, 1)}
+
+
+@pytest.fixture
+def one_of_several(monkeypatch):
+    """As under a `shard_map`."""
+    monkeypatch.setattr(_cpu, "_is_one_of_several", lambda: True)
+
+
+@pytest.mark.usefixtures("one_of_several")
 @pytest.mark.parametrize(
-    ("channels", "how", "is_tiled"),
+    ("channels", "how", "dtype", "is_tiled"),
     [
-        ((64, 64), {}, True),
-        ((64, 64), {"num_cores": 1000}, False),
-        ((63, 64), {}, False),
-        ((64, 63), {}, False),
-        ((64, 64), {"strides": 2}, False),
-        ((64, 64), {"kernel_dilation": 2}, False),
-        ((64, 64), {"precision": lax.Precision.HIGHEST}, False),
+        ((64, 64), {}, "float32", True),
+        ((63, 64), {}, "float32", False),
+        ((64, 63), {}, "float32", False),
+        ((64, 64), {"strides": (2, 1)}, "float32", False),
+        ((64, 64), {"dilation": (1, 2)}, "float32", False),
+        ((64, 64), {"window": (3, 1)}, "float32", False),
+        ((128, 128), {"groups": 2}, "float32", False),
+        ((64, 64), {"precision": lax.Precision.HIGHEST}, "float32", False),
+        ((64, 64), {}, "float16", False),
+        ((64, 64), {}, "int32", False),
     ],
 )
-def test_who_is_multiplied_in_tiles(monkeypatch, channels, how, is_tiled):
-    cores = range(how.get("num_cores", 1))
-    monkeypatch.setattr(_cpu.os, "sched_getaffinity", lambda _: cores, raising=False)
-    image, kernel = normal(0, (2, 7, 6, channels[0])), normal(1, (3, 3, *channels))
-    how = {"strides": 1, "kernel_dilation": 1, "precision": None} | how
-    each = lambda name: (how[name],) * 2  # noqa: E731
-    geometry = Geometry((7, 6), (3, 3), each("strides"), ((1, 1), (1, 1)), each("kernel_dilation"), 1, how["precision"])
-    wanted = plain(geometry._replace(precision=None), *(np.float64(x) for x in (image, kernel)))
+def test_who_is_multiplied_in_tiles(channels, how, dtype, is_tiled):
+    geometry = Geometry(**({"groups": 1} | MANY | how))
+    kernel_shape = (*geometry.window, channels[0] // geometry.groups, channels[1])
+    image, kernel = (3 * normal(i, shape) for i, shape in enumerate(((2, 7, 6, channels[0]), kernel_shape)))
+    operands = image.astype(dtype), kernel.astype(dtype)
     run = partial(_cpu.contract, "output", geometry=geometry, stacked=False)
-    assert is_tiled == ("conv_general_dilated" not in [name for name, _ in primitives(run, image, kernel)])
-    np.testing.assert_allclose(jax.jit(run)(image, kernel), wanted, rtol=0, atol=1e-4)
+    assert is_tiled == ("conv_general_dilated" not in [name for name, _ in primitives(run, *operands)])
+    found, wanted = jax.jit(run)(*operands), jax.jit(partial(plain, geometry))(*operands)
+    assert found.dtype == dtype
+    assert_close(found, wanted, 1e-5)
 
 
-def test_the_highest_precision_sums_whole_numbers_exactly(monkeypatch):
-    monkeypatch.setattr(_cpu, "_has_one_core_each", lambda: True)
+def sharded(function):
+    return jax.jit(devices.sharded(function, devices.local(2)))
+
+
+def test_each_device_multiplies_in_tiles_and_one_alone_does_not():
+    kernel, image = normal(0, (3, 3, 64, 64)), normal(1, (4, 5, 6, 64))
+
+    def derivatives(convolve, kernel, image):
+        energy = lambda image: jnp.sum(jnp.sin(convolve(image, kernel)))  # noqa: E731
+        return jax.vmap(jax.grad(energy))(image[:, None])[:, 0], jax.vmap(lambda x: convolve(x[None], kernel)[0])(image)
+
+    ours = partial(derivatives, conv)
+    alone, wanted = jax.jit(ours), jax.jit(partial(derivatives, partial(lax_conv, padding="SAME")))
+    assert_close(sharded(ours)(kernel, image), wanted(kernel, image), 1e-5)
+    texts = [run.lower(kernel, image).as_text() for run in (sharded(ours), alone)]
+    assert ["stablehlo.convolution" in text for text in texts] == [False, True]
+
+
+def test_images_in_tiles_do_not_see_each_other():
+    kernel, image = normal(0, (3, 3, 64, 64)), np.array(normal(1, (8, 5, 6, 64)))
+    run = sharded(jax.vmap(lambda kernel, x: conv(x[None], kernel)[0], (None, 0)))
+    before = run(kernel, image)
+    for value in (np.nan, np.inf, 1e38):
+        image[3, 2, 2, 7] = value
+        after = run(kernel, image)
+        others = np.arange(8) != 3
+        np.testing.assert_array_equal(after[others], before[others])
+        assert np.any(after[3] != before[3])
+
+
+@pytest.mark.optimized
+@pytest.mark.usefixtures("one_of_several")
+def test_the_highest_precision_sums_whole_numbers_exactly():
     draw = np.random.default_rng(0)
     image, kernel = draw.integers(0, 256, (2, 5, 4, 64)), draw.integers(0, 114, (3, 3, 64, 64))
     padded = np.pad(image, ((0, 0), (1, 1), (1, 1), (0, 0)))
     windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), axis=(1, 2))
     wanted = np.einsum("bhwckl,klco->bhwo", windows, kernel)
     assert 2**21 < wanted.max() <= 576 * 255 * 113 < 2**24
-    exact = partial(conv, precision=lax.Precision.HIGHEST)
     operands = jnp.float32(image), jnp.float32(kernel)
-    one_by_one = jax.vmap(lambda x, k: exact(x[None], k)[0], (0, None))
-    for run in (exact, one_by_one, lambda x, k: jax.vjp(lambda x: exact(x, k), x)[0]):
-        np.testing.assert_array_equal(jax.jit(run)(*operands), wanted)
-    in_tiles = jax.jit(jax.vmap(lambda x, k: conv(x[None], k)[0], (0, None)))(*operands)
-    assert np.any(in_tiles != wanted)
+
+    def value(x, k, **how):
+        return jax.vmap(lambda x: conv(x[None], k, **how)[0])(x)
+
+    def gradient(x, k, **how):
+        """The same number: the transposed convolution of the transposed kernel."""
+        mirrored = jnp.swapaxes(k[::-1, ::-1], 2, 3)
+        return jax.vjp(lambda y: conv(y, mirrored, **how), jnp.zeros_like(x))[1](x)[0]
+
+    for run in (value, gradient):
+        exact = jax.jit(partial(run, precision=lax.Precision.HIGHEST))
+        np.testing.assert_array_equal(exact(*operands), wanted)
+        with jax.default_matmul_precision("highest"):
+            np.testing.assert_array_equal(jax.jit(run)(*operands), wanted)
+        assert np.any(jax.jit(run)(*operands) != wanted)  # in tiles
