@@ -237,15 +237,13 @@ def test_the_integer_model_says_what_the_float_one_says():
 def test_sums_over_many_channels_stay_exact_where_fewer_products_would_do(monkeypatch, straight_through):
     monkeypatch.setattr(_cpu, "_is_one_of_several", lambda: True)
     apply = convolution(padding=((1, 1), (1, 1)))
-    quantized = quantize(jnp.asarray(RNG.normal(size=(3, 3, 64, 64)), jnp.float32))
-    image = jnp.asarray(RNG.uniform(size=(4, 6, 5, 64)), jnp.float32)
+    quantized = quantize(jnp.asarray(RNG.uniform(0.7, 1, (3, 3, 64, 64)), jnp.float32))
+    image = jnp.asarray(RNG.uniform(0.7, 1, (4, 6, 5, 64)), jnp.float32).at[0, 0, 0, 0].set(-1)  # 64 channels at once
     ranges = calibrate(apply, dequantize(quantized), image)
     exact = jax.jit(integer_apply(apply, ranges, arithmetic="int8"))(quantized, image)
     model = integer_apply(apply, ranges, straight_through=straight_through)
     found = jax.jit(lambda x: trace.fast_inference(lambda x: model(quantized, x))(x))(image)
     np.testing.assert_array_equal(found, exact)
-    plain_float = jax.jit(trace.fast_inference(lambda x: apply(dequantize(quantized), x)))(image)
-    assert np.abs(found - plain_float).max() > 0
 
 
 def with_token(params, image):
