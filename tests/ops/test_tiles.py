@@ -1,3 +1,5 @@
+"""Convolutions of many channels in Winograd's tiles, against `lax`, and against integers where they must be exact."""
+
 from functools import partial
 
 import jax
@@ -32,7 +34,7 @@ def test_tiles_of_any_piece_of_the_batch_make_the_convolution(case):
     assert_close(got, jax.jit(partial(plain, geometry))(image, kernel), 1e-5)
 
 
-MANY = {"image": (7, 6), "window": (3, 3), "strides": (1, 1), "padding": ((1, 1), (1, 1)), "dilation": (1, 1)}
+PLAIN = {"image": (7, 6), "window": (3, 3), "strides": (1, 1), "padding": ((1, 1), (1, 1)), "dilation": (1, 1)}
 
 
 @pytest.fixture
@@ -58,7 +60,7 @@ def one_of_several(monkeypatch):
     ],
 )
 def test_who_is_multiplied_in_tiles(channels, how, dtype, is_tiled):
-    geometry = Geometry(**({"groups": 1} | MANY | how))
+    geometry = Geometry(**({"groups": 1} | PLAIN | how))
     kernel_shape = (*geometry.window, channels[0] // geometry.groups, channels[1])
     image, kernel = (3 * normal(i, shape) for i, shape in enumerate(((2, 7, 6, channels[0]), kernel_shape)))
     operands = image.astype(dtype), kernel.astype(dtype)
@@ -97,6 +99,18 @@ def test_images_in_tiles_do_not_see_each_other():
         others = np.arange(8) != 3
         np.testing.assert_array_equal(after[others], before[others])
         assert np.any(after[3] != before[3])
+
+
+@pytest.mark.optimized
+def test_tiles_round_no_worse_than_the_plain_sum():
+    draw = np.random.default_rng(0)
+    image, kernel = (draw.standard_normal(shape, np.float32) for shape in ((4, 14, 14, 64), (3, 3, 64, 64)))
+    windows = np.lib.stride_tricks.sliding_window_view(np.pad(image, ((0, 0), (1, 1), (1, 1), (0, 0))), (3, 3), (1, 2))
+    wanted = np.einsum("bhwckl,klco->bhwo", np.float64(windows), np.float64(kernel))
+    geometry = Geometry((14, 14), (3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1), 1)
+    ways = (jax.jit(partial(run, geometry)) for run in (_cpu._in_tiles, plain))
+    tiles, direct = (float(np.std(run(image, kernel) - wanted)) for run in ways)
+    assert 0 < tiles < direct < 1e-6 * wanted.std()
 
 
 @pytest.mark.optimized
