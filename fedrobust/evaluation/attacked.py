@@ -1,7 +1,7 @@
 """One attack on one data set: what was found, and what the model as it is served says of it."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +17,14 @@ Attack = Callable[[jax.Array], Run]
 
 Keep the function, not a copy of it, from one model to the next: it is what a compiled program is remembered by.
 """
+
+
+_LENGTHS: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
+    "linf": lambda delta: delta.max(axis=1),
+    "l2": lambda delta: np.sqrt((delta**2).sum(axis=1)),
+    "l1": lambda delta: delta.sum(axis=1),
+}
+NORMS = tuple(_LENGTHS)
 
 
 class Outcome(NamedTuple):
@@ -70,7 +78,7 @@ def attack_all(
     with threads.COMPILING:
         found = jax.device_get(_run(apply, attack, params, np.float32(eps), key, dataset.image, dataset.label, todo))
     delta = np.abs(found.image.astype(np.float64) - dataset.image).reshape(len(todo), -1)
-    distance = {"linf": delta.max, "l2": lambda axis: np.sqrt((delta**2).sum(axis)), "l1": delta.sum}[norm](axis=1)
+    distance = _LENGTHS[norm](delta)
     low, high = float(found.image.min()), float(found.image.max())
     beyond = float(np.max([0.0, (distance - eps).max(), -low, high - 1]))  # NaN where the image holds one
     logits = predict(apply, params, found.image, batch_size)
@@ -102,15 +110,33 @@ def require_attackable(dataset: Dataset, logits: np.ndarray) -> None:
         ValueError: images outside [0, 1] or NaN, labels out of range, no logits for each class, NaN logits,
             probabilities instead of logits; one line each.
     """
-    image, label = np.asarray(dataset.image), np.asarray(dataset.label)
-    low, high = float(image.min()), float(image.max())
-    check.require(0 <= low <= high <= 1, "the range of images", (low, high), "within [0, 1], without NaN")
-    classes = (int(label.min()), int(label.max()))
-    check.require(0 <= classes[0] <= classes[1] < logits.shape[1], "label", classes, f"in [0, {logits.shape[1]})")
+    require_in_range(dataset, logits.shape[1])
     num_bad = int((~np.isfinite(logits)).any(axis=1).sum())
     check.require(num_bad == 0, "the number of images whose logits are NaN or inf", num_bad, "0")
     share = probability_share(logits)
     check.require(share < 0.99, "the share of outputs that are probabilities", share, "below 0.99: give logits")
+
+
+def require_in_range(dataset: Dataset, num_classes: int) -> None:
+    """Refuses examples that no model of `num_classes` logits was made for.
+
+    Args:
+        dataset: N >= 1 examples.
+        num_classes: L of the model.
+
+    Raises:
+        ValueError: images outside [0, 1] or NaN, labels out of range; one line each.
+    """
+    require_images(np.asarray(dataset.image))
+    label = np.asarray(dataset.label)
+    classes = (int(label.min()), int(label.max()))
+    check.require(0 <= classes[0] <= classes[1] < num_classes, "label", classes, f"in [0, {num_classes})")
+
+
+def require_images(image: np.ndarray) -> None:
+    """Refuses images [N,H,W,C], N >= 1, with a pixel outside [0, 1] or NaN, by a `ValueError` of one line."""
+    low, high = float(image.min()), float(image.max())
+    check.require(0 <= low <= high <= 1, "the range of images", (low, high), "within [0, 1], without NaN")
 
 
 def probability_share(logits: np.ndarray) -> float:

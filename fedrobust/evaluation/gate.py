@@ -11,7 +11,7 @@ import optax
 
 from fedrobust import check, trace
 from fedrobust.evaluation.accuracy import predict, predicted_class
-from fedrobust.evaluation.attacked import Apply, Attack, attack_all, probability_share
+from fedrobust.evaluation.attacked import Apply, Attack, attack_all, probability_share, require_in_range
 from fedrobust.evaluation.robustness import check_samples, checked
 from fedrobust.types import Dataset, Key, Params
 
@@ -66,7 +66,8 @@ def gate(
         `Check`s as dictionaries. One that fails says that the accuracies are overestimated, or mean nothing.
 
     Raises:
-        ValueError: a probe is missing, fewer than two examples, `standing` of another length, a number out of range.
+        ValueError: a probe is missing, fewer than two examples, `standing` of another length, a number out of range;
+            images outside [0, 1] or NaN, labels that the model has no logit for.
 
     Source: Carlini et al. 2019 (arXiv 1902.06705); Pintor et al. 2022, "Indicators of Attack Failure" (arXiv
         2106.09947); the flags of AutoAttack and the rules of RobustBench (arXiv 2010.09670). How each is measured, and
@@ -83,6 +84,7 @@ def gate(
     dataset = dataset._replace(image=np.asarray(dataset.image, np.float32), label=np.asarray(dataset.label))
     subject = _Subject(apply, params, dataset, norm, key, batch_size)
     logits = predict(apply, params, dataset.image, batch_size)
+    require_in_range(dataset, logits.shape[1])
     checks = [*_outputs(subject, logits), *_gradients(subject, eps)]
     if probes is not None:
         right = predicted_class(logits) == dataset.label
@@ -121,8 +123,8 @@ def _gradients(subject: _Subject, eps: float) -> list[dict[str, Any]]:
     apply, params, dataset, norm, key, batch_size = subject
     image, label = dataset.image, dataset.label
     names = trace.interruptions(lambda x: apply(params, x), jnp.asarray(image[:batch_size]))
-    # What `stop_gradient` takes away may be nothing (a shift that a norm undoes): the differences tell.
-    cut = [name for name in names if name != "stop_gradient"]
+    # What these take away may be nothing (a shift that a norm undoes; a slope, chosen by a sign): the differences tell.
+    cut = [name for name in names if name not in ("stop_gradient", "choice")]
     length = STEP * eps * (float(np.sqrt(np.prod(image.shape[1:]))) if norm == "linf" else 1.0)
     parts = [slice(start, start + batch_size) for start in range(0, len(label), batch_size)]
     slopes = [jax.device_get(_slopes(apply, params, image[part], label[part], key, length)) for part in parts]

@@ -7,7 +7,7 @@ import numpy as np
 
 from fedrobust import check, intervals
 from fedrobust.evaluation.accuracy import accuracies, is_degenerate, predict, predicted_class
-from fedrobust.evaluation.attacked import Apply, Attack, Outcome, attack_all, require_attackable
+from fedrobust.evaluation.attacked import NORMS, Apply, Attack, Outcome, attack_all, require_attackable
 from fedrobust.types import Dataset, Key, Params
 
 CONFIDENCE = 0.95
@@ -117,8 +117,8 @@ def evaluate(
         `Robustness`. A radius of 0 gives the clean accuracy exactly.
 
     Raises:
-        ValueError: no threat, two threats or two radii of one name, different radii in a cascade, a negative radius, no
-            example, a batch_size < 1; images, labels or outputs that `require_attackable` refuses.
+        ValueError: no threat, two threats or two radii of one name, an unknown norm, different radii in a cascade, a
+            negative radius, no example, a batch_size < 1; images, labels or outputs that `require_attackable` refuses.
 
     Source: the worst case per example: Croce, Hein 2020 (arXiv 2003.01690), section 6; the interval: Clopper, Pearson
         1934.
@@ -178,7 +178,8 @@ def _check_names(cases: Sequence[Case], of_unions: Sequence[str]) -> None:
     check.require(own, "threats", names, "at least one, with different names, none that of a worst case")
     radii = sorted({eps for _, eps, _ in cases})
     check.require(len({*of_unions}) == len(of_unions), "eps", radii, "radii that differ in their first two digits")
-    for _, eps, name in cases:
+    for threat, eps, name in cases:
+        check.one_of(f"norm of {name}", threat.norm, NORMS)
         check.non_negative(f"eps of {name}", eps)
 
 

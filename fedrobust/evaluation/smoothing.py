@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedrobust import check, intervals, threads
+from fedrobust.evaluation.attacked import require_images
 from fedrobust.types import Key, Params
 
 Apply = Callable[[Params, jax.Array], jax.Array]
@@ -67,7 +68,7 @@ def certify(
     Args:
         apply: `(params, image[B,H,W,C]) -> logits[B,L]`, any model at all: it is never differentiated.
         params: its parameters.
-        image: [N,H,W,C] float32, N >= 1.
+        image: [N,H,W,C] float32 in [0, 1], N >= 1.
         key: shape ().
         stddev: of the noise > 0, in units of the image range.
         num_selection: n0 >= 1, draws that choose the class (100 in the paper).
@@ -80,7 +81,7 @@ def certify(
         `Certificates`, see there.
 
     Raises:
-        ValueError: a number out of range, or no image.
+        ValueError: a number out of range, no image, or one outside [0, 1] or with a NaN.
 
     Guarantees:
         A prediction that is not the smoothed classifier's, or a radius above its true one, has a probability of at
@@ -130,10 +131,11 @@ def noisy_counts(
         [N,2,L] int32: counts of selection and of estimation. A draw whose logits hold a NaN counts for no class.
 
     Raises:
-        ValueError: a number out of range, or no image.
+        ValueError: a number out of range, no image, or one outside [0, 1] or with a NaN.
     """
     image = np.asarray(image, np.float32)
     check.at_least("the number of images", len(image), 1)
+    require_images(image)
     check.positive("stddev", stddev)
     numbers = {"num_selection": num_selection, "num_estimation": num_estimation, "batch_size": batch_size}
     for name, number in numbers.items():
@@ -192,7 +194,7 @@ def certified_accuracy(
 
     Args:
         found: certificates, from noise that is independent from example to example.
-        label: [N] int.
+        label: [N] int >= 0.
         radius: >= 0, L2; at 0 the accuracy of the smoothed classifier.
         confidence: in (0, 1), of each of the two lower bounds by itself.
 
@@ -200,7 +202,7 @@ def certified_accuracy(
         `CertifiedAccuracy`.
 
     Raises:
-        ValueError: a number out of range, or lengths that differ.
+        ValueError: a number or a label out of range, or lengths that differ.
 
     Source: Cohen, Rosenfeld, Kolter 2019 (arXiv 1902.02918), section 4 and its appendix on approximate certified
         accuracy. Deviation: the binomial's own quantile, not Bernstein's bound on it.
@@ -209,6 +211,7 @@ def certified_accuracy(
 
     label = np.asarray(label)
     check.require(label.shape == found.prediction.shape, "the shape of label", label.shape, f"{found.prediction.shape}")
+    check.at_least("the smallest label", label.min(initial=0), 0)
     check.non_negative("radius", radius)
     check.fraction("confidence", confidence, zero=False, one=False)
     num, alpha = len(label), found.failure_probability

@@ -11,6 +11,7 @@ from fedrobust.trace.program import Equation, Program, apply_equation, evaluate,
 _STEPS = ("round", "floor", "ceil", "sign")
 _CASTS = ("convert_element_type", "bitcast_convert_type")
 _STOPS = ("stop_gradient",)
+_CHOICE = "choice"
 
 
 def interruptions(function: Callable[[jax.Array], jax.Array], image: Any) -> tuple[str, ...]:
@@ -23,8 +24,9 @@ def interruptions(function: Callable[[jax.Array], jax.Array], image: Any) -> tup
     Returns:
         The names, each once, in the order they are met: "round", "floor", "ceil", "sign", "stop_gradient", "cast to
         integer" and "cast from integer" (of what depends on the image, a comparison's outcome included), "bitcast",
-        "pure_callback" and other calls to the host. A maximum, a comparison that only selects, and a derivative rule
-        given by an author are none of these. An empty tuple is no proof: gradients can also vanish by saturation.
+        "pure_callback" and other calls to the host; "choice" of a constant, by a comparison or an index such as an
+        argmax. A maximum, a choice between values that depend on the image themselves, and a derivative rule given by
+        an author are none of these. An empty tuple is no proof: gradients can also vanish by saturation.
     """
     found: dict[str, None] = {}
     _visit(read(function, image), None, found)
@@ -61,7 +63,16 @@ def _interruption(equation: Equation, program: Program, reached: set[int]) -> st
         before, after = (_is_float(program, i) for i in (equation.inputs[0], equation.outputs[0]))
         if before != after:
             return "cast to integer" if before else "cast from integer"
-    return None
+        return None
+    return _CHOICE if _is_choice(equation, program, reached) else None
+
+
+def _is_choice(equation: Equation, program: Program, reached: set[int]) -> bool:
+    """Whether its floats depend on the image through comparisons and indices alone."""
+    from_image = [i for i in equation.inputs if i in reached]
+    whole = equation.name == "cond" or not nested(equation)  # inside of other bodies the equations answer themselves
+    floats = any(_is_float(program, i) for i in equation.outputs)
+    return whole and floats and not any(_is_float(program, i) for i in from_image)
 
 
 def _is_float(program: Program, number: int) -> bool:
@@ -131,11 +142,11 @@ def _emit(equation: Equation, *arrays: Any) -> list[Any]:
 
 
 def _cut_inside(equation: Equation) -> list[str]:
-    """What cuts the gradient inside an equation; a cast from an integer, such as a counter, alone does not."""
+    """What cuts the gradient inside an equation; a cast or choice by an integer, such as a counter, does not."""
     found: dict[str, None] = {}
     for body in nested(equation):
         _visit(body, None, found)
-    return [name for name in found if name != "cast from integer"]
+    return [name for name in found if name not in ("cast from integer", _CHOICE)]
 
 
 _ARITHMETIC = ("add", "sub", "mul", "div", "max", "min", "dot_general", "conv_general_dilated", "clamp", "pad")

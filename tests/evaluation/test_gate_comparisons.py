@@ -199,3 +199,18 @@ def test_differences_are_taken_on_a_step_of_the_norm():
 def test_a_twin_that_is_never_right_says_nothing():
     checks = linear_gate(dict.fromkeys(PROBE, pushed()), undefended=(-SIGNS, 0.0))
     assert checks["undefended_twin_falls"]["outcome"] == "not applicable"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image": NEAR.image * 255}, "the range of images is"),
+        ({"image": NEAR.image * np.nan}, "the range of images is"),
+        ({"label": NEAR.label + 1}, "label is"),
+        ({"label": NEAR.label - 1}, "label is"),
+    ],
+)
+def test_what_a_gate_says_nothing_about_is_one_clear_error(change, message):
+    """Where no label is one of the model's, no image is right, and nothing could be found wrong with that."""
+    with pytest.raises(ValueError, match=f"^{message}[^\\n]*$"):
+        gate(linear, LINE, NEAR._replace(**change), None, KEY, 16, norm="linf", eps=EPS)

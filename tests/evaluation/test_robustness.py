@@ -228,6 +228,7 @@ def test_attacks_of_another_norm_radius_or_number_of_steps_are_not_compared():
         ((), r"threats is \[\]"),
         ((THREATS[0], THREATS[0]), "threats is"),
         ((THREATS[0]._replace(eps=(-0.1,)),), "eps of pgd8_linf_-0.1 is"),
+        ((THREATS[0]._replace(norm="l0"),), "norm of pgd8_l0_.* is 'l0': must be one of l1, l2, linf"),
         ((THREATS[0]._replace(eps=(0.031,)), THREATS[0]._replace(family="idle", eps=(8 / 255,))), "eps is"),
         ((Threat("worst", "linf", (0.05,), 1, 1, NOTHING), THREATS[0]), "threats is"),
         ((THREATS[0], THREATS[0]._replace(family="idle", eps=(0.02,))), "eps of the linf threats is"),

@@ -25,7 +25,7 @@ def linear(params, x):
 def images(seed, size):
     """Images of two pixels at signed distances from the boundary up to two standard deviations."""
     distance = np.random.default_rng(seed).uniform(-2, 2, size) * STDDEV
-    return np.stack([0.5 + 0.6 * distance, 0.375 - 0.8 * distance], 1).reshape(size, 2, 1, 1).astype(np.float32)
+    return np.stack([0.6 + 0.6 * distance, 0.45 - 0.8 * distance], 1).reshape(size, 2, 1, 1).astype(np.float32)
 
 
 def true_distance(image):
@@ -195,10 +195,14 @@ def test_a_bad_setting_is_named(setting):
         certify(linear, WEIGHT, images(0, 2), KEY, **settings | setting)
     with pytest.raises(ValueError, match=r"^the number of images is 0"):
         certify(linear, WEIGHT, images(0, 0), KEY, **settings)
+    for image in (255 * images(0, 2), images(0, 2) * np.nan):
+        with pytest.raises(ValueError, match=r"^the range of images is .* must be within \[0, 1\], without NaN$"):
+            certify(linear, WEIGHT, image, KEY, **settings)
 
 
 @pytest.mark.parametrize(
-    ("label", "radius", "confidence"), [([0, 1], 0.1, 0.9), ([0], -0.1, 0.9), ([0], 0.1, 0.0), ([0], float("nan"), 0.9)]
+    ("label", "radius", "confidence"),
+    [([0, 1], 0.1, 0.9), ([-1], 0.1, 0.9), ([0], -0.1, 0.9), ([0], 0.1, 0.0), ([0], float("nan"), 0.9)],
 )
 def test_bad_arguments_of_certified_accuracy_are_named(label, radius, confidence):
     found = Certificates(np.array([0]), np.array([0.3]), 0.001)

@@ -36,6 +36,10 @@ CUTS = {
     "integers": (on_integers, ("round", "cast to integer", "cast from integer")),
     "bits": (lambda x: dense(x * (lax.bitcast_convert_type(x, jnp.uint32) & 1)), ("bitcast", "cast from integer")),
     "host": (lambda x: dense(jax.pure_callback(lambda y: y, x, x)), ("pure_callback",)),
+    "choice by comparison": (lambda x: dense(jnp.where(x > 0.5, 1.0, 0.0)), ("choice",)),
+    "choice by argmin": (lambda x: jnp.eye(3)[jnp.argmin(dense(x), axis=1)], ("choice",)),
+    "choice of a branch": (lambda x: lax.cond(x.sum() > 0, lambda: jnp.ones(3), lambda: jnp.zeros(3)), ("choice",)),
+    "branch of the image": (lambda x: dense(lax.cond(x.sum() > 0, jnp.sin, jnp.cos, x)), ()),
     "beside the path": (lambda x: (dense(x), jnp.round(x))[0], ()),
     "of constants": (lambda x: dense(x) + jnp.round(jnp.linspace(0.0, 2.0, 3)), ()),
 }
