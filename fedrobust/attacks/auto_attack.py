@@ -92,7 +92,8 @@ def auto_attack(
 
     Returns:
         An `AutoAttack`; `replaced` says what differs: two classes have no DLR and fewer than four no targeted one (the
-        margin, or targeted margin, stands in), and one targeted FAB stands for the two of "plus".
+        margin, or targeted margin, stands in), one targeted FAB stands for the two of "plus", and "rand" counts no
+        success that new draws do not confirm.
 
     Raises:
         ValueError: unknown version or norm, a number out of range.
@@ -137,8 +138,25 @@ def auto_attack(
     }[version]
     replaced = [x for member in members if (x := _replacement(member.name, num_classes))]
     if version == "plus":
-        replaced.append(Replacement("fab_t", "fab and fab_t", "fab_t", "the untargeted one has no targets of its own"))
+        replaced.append(_one_boundary_attack(num_classes))
+    if version == "rand":
+        replaced.append(_JUDGED_AGAIN)
     return AutoAttack(members, tuple(replaced), num_samples if version == "rand" else None)
+
+
+_JUDGED_AGAIN = Replacement(
+    "all",
+    "a success at any question",
+    "the point of the largest margin, judged by new draws",
+    "among many questions one succeeds by the luck of its draws",
+)
+
+
+def _one_boundary_attack(num_classes: int) -> Replacement:
+    costs = "with two classes both are the same"
+    if num_classes > 2:
+        costs = f"an untargeted step takes {num_classes - 1} gradients: 5 starts per target stand in for it"
+    return Replacement("fab_t", "fab and fab_t", "fab_t", costs)
 
 
 def _replacement(name: str, num_classes: int) -> Replacement | None:

@@ -16,6 +16,7 @@ IMAGE = RNG.uniform(0.1, 0.9, size=(32, *SHAPE)).astype(np.float32)
 
 
 FABS = ("fab_t", "fab and fab_t", "fab_t")
+DRAWS = ("all", "a success at any question", "the point of the largest margin, judged by new draws")
 
 
 def logits_fn(x):
@@ -48,7 +49,7 @@ def test_sets_are_the_published_ones(version, expected):
         assert num_steps == (5000 if name == "square" else 100)
         assert search.num_tries == num_tries
         assert num_queries in (None, search.num_queries)
-    assert [x[:3] for x in found.replaced] == ([FABS] if version == "plus" else [])
+    assert [x[:3] for x in found.replaced] == {"standard": [], "plus": [FABS], "rand": [DRAWS]}[version]
     assert found.num_samples == (20 if version == "rand" else None)
 
 
@@ -60,13 +61,13 @@ def test_sets_are_the_published_ones(version, expected):
         ("standard", 4, []),
         ("plus", 2, [("apgd_dlr", "dlr", "margin"), ("apgd_t", "targeted_dlr", "targeted_margin"), FABS]),
         ("plus", 3, [("apgd_t", "targeted_dlr", "targeted_margin"), FABS]),
-        ("rand", 2, [("apgd_dlr", "dlr", "margin")]),
+        ("rand", 2, [("apgd_dlr", "dlr", "margin"), DRAWS]),
     ],
 )
 def test_what_is_not_defined_is_replaced_and_said(version, num_classes, expected):
     found = set_of(version, num_classes=num_classes)
     assert [tuple(x[:3]) for x in found.replaced] == expected
-    for x in found.replaced[: -1 if version == "plus" else None]:
+    for x in found.replaced[: None if version == "standard" else -1]:
         assert x.reason == f"{x.published} is not defined for {num_classes} classes"
     logits = jax.ShapeDtypeStruct((num_classes,), jnp.float32)
     for _, _, search in found.members:

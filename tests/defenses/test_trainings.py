@@ -10,7 +10,17 @@ import pytest
 
 from fedrobust import ops, trees
 from fedrobust.attacks import pgd
-from fedrobust.compression import dequantize, find_channels, masks, quantize, shrink
+from fedrobust.compression import (
+    calibrate,
+    dequantize,
+    fake_quantize,
+    fake_quantize_inputs,
+    find_channels,
+    integer_apply,
+    masks,
+    quantize,
+    shrink,
+)
 from fedrobust.defenses import (
     adversarial_loss,
     align_gradients,
@@ -48,9 +58,18 @@ def convolutional(params, x):
 
 
 def fake_quantized(params, x):
-    """Predicts with the rounded weights, straight-through in the gradient."""
-    rounded = dequantize(quantize(jax.lax.stop_gradient(params)))
-    return apply(jax.tree.map(lambda p, r: p + jax.lax.stop_gradient(r - p), params, rounded), x)
+    """Predicts with the rounded weights."""
+    return apply(fake_quantize(params), x)
+
+
+@functools.cache
+def ranges():
+    return calibrate(apply, PARAMS, IMAGE)
+
+
+def fake_on_integers(params, x):
+    """Predicts with rounded weights on rounded inputs of the layers, as served on integers."""
+    return fake_quantize_inputs(apply, ranges())(fake_quantize(params), x)
 
 
 def steps(objective=optax.softmax_cross_entropy_with_integer_labels):
@@ -130,6 +149,17 @@ def test_pruned_and_quantized_models_are_attacked_as_what_they_are(name):
     assert abs(norms[2] - norms[3]) < 1e-3 * norms[3] and norms[2] > 0.1
 
 
+@pytest.mark.parametrize("name", ["madry", "trades"])
+def test_the_twin_that_is_trained_is_attacked_as_the_model_on_integers(name):
+    """The same loss as with the served integers and their straight-through slope; its gradient in the weights lives."""
+    served = integer_apply(apply, ranges(), straight_through=True)
+    loss = COMPILED(lambda: LOSSES[name](fake_on_integers)(KEY, PARAMS, IMAGE, LABEL))()
+    expected = COMPILED(lambda: LOSSES[name](served)(KEY, quantize(PARAMS), IMAGE, LABEL))()
+    np.testing.assert_allclose(loss, expected, rtol=1e-4, atol=1e-5)
+    gradient = COMPILED(jax.grad(lambda p: jnp.sum(LOSSES[name](fake_on_integers)(KEY, p, IMAGE, LABEL))))(PARAMS)
+    assert trees.norm(gradient) > 0.1
+
+
 PLAN = Plan(
     "record", "add_or_remove_one", "poisson", 0.5, 10, 0.1, 0.0, float("inf"), 1e-5, None, 0.0, 0.0, "pld",
 )  # fmt: skip
@@ -140,6 +170,7 @@ def private(loss):
 
 
 CLIENTS = {
+    "madry": lambda apply: local_update(private(LOSSES["madry"](apply))(1), optax.sgd(0.5), skip_empty=False),
     "trades": lambda apply: local_update(private(LOSSES["trades"](apply))(1), optax.sgd(0.5), skip_empty=False),
     "fast, aligned": lambda apply: local_update(private(fast_aligned(apply))(1), optax.sgd(0.5), skip_empty=False),
     "own attack": lambda apply: local_update(
@@ -168,7 +199,7 @@ def test_private_federated_rounds_of_a_masked_quantized_model(name):
     cohort = Cohort(np.arange(3, dtype=np.int32), np.array([1, 1, 0], np.float32), np.zeros(3, bool), batch)
     _, mask = pruned()
     algorithm = fedavg(
-        lambda round: CLIENTS[name](fake_quantized),
+        lambda round: CLIENTS[name](fake_on_integers),
         mean(),
         optax.sgd(1.0),
         functools.partial(map_clients, backend="scan"),
