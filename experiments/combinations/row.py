@@ -150,12 +150,15 @@ def _note_ranges(study: Study, combination: reporting.Combination, accounts: dic
 
 def robustness(settings: AttackSettings, final: Final, test: Dataset, key: Key) -> tuple[dict[str, Any], list[Any]]:
     """Accuracies under attack and their checks; no accuracy for a model whose logits are not finite."""
-    apply, params, _ = final
+    apply, params = final.apply, final.params
     eps, whole = max(settings.eps), settings.gate_examples > 0
     num = settings.gate_examples if whole else len(test.label)
     some = test._replace(image=test.image[:num], label=test.label[:num])
     probes = _probes(settings.num_steps) if whole else None
-    gate = functools.partial(evaluation.gate, apply, params, some, probes, key, BATCH_SIZE, norm="linf", eps=eps)
+    extra = _ways_around(final, some) if whole else {}
+    gate = functools.partial(
+        evaluation.gate, apply, params, some, probes, key, BATCH_SIZE, norm="linf", eps=eps, extra=extra
+    )
     if not np.isfinite(evaluation.predict(apply, params, test.image, BATCH_SIZE)).all():
         return {}, gate()
     cascade = settings.suite == "auto_attack"
@@ -172,6 +175,16 @@ def _num_slots() -> int:
 @functools.lru_cache(maxsize=4)  # what a compiled attack is remembered by
 def _probes(num_steps: int) -> dict[str, Callable[[jax.Array], Run]]:
     return attacks.probes(norm="linf", num_steps=num_steps, num_slots=_num_slots(), num_devices=None)
+
+
+def _ways_around(final: Final, test: Dataset) -> dict[str, Callable[[jax.Array], Run]]:
+    """Attacks past the rounding of a model that computes on integers."""
+    if final.twin is None:
+        return {}
+    return attacks.routes(
+        lambda x: final.apply(final.params, x), jnp.asarray(test.image[:BATCH_SIZE]), dequantized=final.twin,
+        norm="linf", num_steps=40, num_queries=300, num_slots=_num_slots(), num_devices=None,
+    )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=4)  # likewise

@@ -11,7 +11,7 @@ from experiments.combinations.pruning import require_equal
 from experiments.combinations.settings import MC
 from experiments.combinations.training import Trained
 from fedrobust import compression, threads
-from fedrobust.types import Model, Params
+from fedrobust.types import LogitsFn, Model, Params
 
 
 class Final(NamedTuple):
@@ -21,11 +21,13 @@ class Final(NamedTuple):
         apply: its function; where activations are rounded, with a straight-through slope for attacks.
         params: what it runs with: float32, dequantized where only weights are rounded, else `Quantized`.
         bytes: of its file.
+        twin: `image[B,H,W,C] -> logits[B,L]`, its weights on activations that are not rounded; None where none is.
     """
 
     apply: Apply
     params: Params
     bytes: int
+    twin: LogitsFn | None
 
 
 def as_served(trained: Trained, settings: MC, images: np.ndarray) -> compression.Stored:
@@ -84,12 +86,12 @@ def finish(
         path, served.params, channels=trained.channels, masks=trained.masks, ranges=served.ranges,
         guarantee={"privacy": guarantee},
     )  # fmt: skip
-    file_apply, file_params, _ = from_file(model, path, image)
+    in_file = from_file(model, path, image)
     # One function for all models of a shape shares what is compiled for it; the file's own must agree with it.
     apply, _ = runnable(served)
-    in_file, measured = jax.jit(file_apply)(file_params, image), jax.jit(apply)(file_params, image)
-    require_equal(in_file, measured, str(path))
-    return Final(apply, file_params, size)
+    of_file, measured = (jax.jit(function)(in_file.params, image) for function in (in_file.apply, apply))
+    require_equal(of_file, measured, str(path))
+    return in_file._replace(apply=apply, bytes=size)
 
 
 def from_file(model: Model, path: Path, image: np.ndarray) -> Final:
@@ -105,4 +107,11 @@ def from_file(model: Model, path: Path, image: np.ndarray) -> Final:
     """
     full = jax.eval_shape(model.init, jax.random.key(0), image[:1])
     found = compression.stored(path, model.apply, full, image[:1])
-    return Final(*runnable(found), path.stat().st_size)
+    return Final(*runnable(found), path.stat().st_size, _twin(found))
+
+
+def _twin(served: compression.Stored) -> LogitsFn | None:
+    if served.ranges is None:
+        return None
+    apply, params = served.apply, compression.dequantize(served.params)
+    return lambda image: apply(params, image)

@@ -64,7 +64,11 @@ WEAK = {
     "transfer_finds_no_more": ({}, {"twin": PERFECT}, None),
     "undefended_twin_falls": ({}, {}, (SIGNS, 100.0)),
     "success_rises_with_eps": ({"pgd": pushed(idle=(1.5 * EPS, 3 * EPS))}, {}, None),
-    "nothing_is_right_unbounded": ({"pgd": pushed(idle=(0.9, 1.1))}, {}, None),
+    "nothing_is_right_unbounded": (
+        dict.fromkeys(("pgd", "more_steps", "more_restarts"), pushed(idle=(0.9, 1.1))),
+        {},
+        None,
+    ),
     "samples_inside_ball": ({"noise": pushed(length=1.01)}, {}, None),
     "success_is_reproduced": ({"pgd": pushed(says=False)}, {}, None),
 }
@@ -79,6 +83,12 @@ def test_a_weak_attack_is_flagged_by_its_comparison_alone(name):
         extra={"itself": pushed(), **extra}, undefended=undefended or FRAGILE,
     )  # fmt: skip
     assert failed({check["check"]: check for check in checks}) == {name} - {"nothing"}
+
+
+@pytest.mark.parametrize("name", ["more_steps", "more_restarts"])
+def test_what_only_another_try_reaches_without_a_bound_is_not_right_there(name):
+    idle = dict.fromkeys(("pgd", "more_steps", "more_restarts"), pushed(idle=(0.9, 1.1)))
+    assert failed(linear_gate({**dict.fromkeys(PROBE, pushed()), **idle, name: pushed()})) == set()
 
 
 def test_a_radius_that_is_never_reached_is_flagged():

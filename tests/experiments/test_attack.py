@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 
+import numpy as np
 import pytest
 
 from experiments.attack import study as attack_study
@@ -11,7 +12,7 @@ from experiments.attack.settings import Attacking, study_of
 from experiments.combinations.presets import preset
 from experiments.combinations.study import config_of
 from experiments.run import main
-from fedrobust import data, reporting
+from fedrobust import data, evaluation, reporting
 from fedrobust.models import SPECS
 from fedrobust.models.spec import Conv, Dense, GlobalPool, Norm, Relu
 
@@ -75,6 +76,39 @@ def test_the_same_attacks_find_what_the_study_found_and_more_steps_no_less(train
         assert worst <= once
     for name in ("table.md", "trade_off.png"):
         assert (tmp_path / "more" / name).is_file()
+
+
+def test_auto_attack_is_judged_by_the_whole_gate_on_what_it_left(trained, tmp_path, monkeypatch):
+    """Every question about the examples of the gate, and of the model on integers the ways around its rounding."""
+    found, asked = [], []
+    real_evaluate, real_gate = evaluation.evaluate, evaluation.gate
+
+    def evaluate(*arguments, **settings):
+        assert settings["cascade"]
+        found.append(real_evaluate(*arguments, **settings))
+        return found[-1]
+
+    def gate(apply, params, dataset, *arguments, **settings):
+        asked.append((dataset, settings))
+        return real_gate(apply, params, dataset, *arguments, **settings)
+
+    monkeypatch.setattr(evaluation, "evaluate", evaluate)
+    monkeypatch.setattr(evaluation, "gate", gate)
+    settings = "--combinations mc --attack.eps 0.05 0.1 --attack.num-steps 4 --attack.gate-examples 24"
+    assert attack(trained, tmp_path / "out", settings, "seed0") == 0
+    (row,), (robustness,), ((dataset, settings),) = reporting.read(tmp_path / "out" / "rows.jsonl"), found, asked
+    left = ~robustness.broken["linf", 0.1]
+    np.testing.assert_array_equal(settings["standing"], left[:24])
+    np.testing.assert_array_equal(dataset.image, data.load("digits").test.image[:24])
+    assert settings["eps"] == 0.1 and left.mean() == row["robust"]["worst_linf_0.1"]["accuracy"]
+    for eps in ("0.05", "0.1"):
+        members = [f"{name}_linf_{eps}" for name in ("apgd_ce100", "apgd_t100", "fab_t100", "square5000", "worst")]
+        course = [row["clean"]["accuracy"], *(row["robust"][name]["accuracy"] for name in members)]
+        assert course == sorted(course, reverse=True) and course[-1] == course[-2] < course[0]
+    outcome = {check["check"]: check for check in row["checks"]}
+    assert outcome["transfer_finds_no_more"]["detail"] == "straight_through, dequantized, temperature, square"
+    unasked = {name for name, check in outcome.items() if check["outcome"] == "not applicable"}
+    assert unasked - {"the_radius_is_used_up"} == {"undefended_twin_falls"}
 
 
 def test_settings_are_chosen_on_the_validation_split(trained, tmp_path, monkeypatch, capsys):
