@@ -139,7 +139,7 @@ class Attack:
     suite: Literal["pgd", "auto_attack"] = "pgd"
     """pgd: FGSM and PGD, alone; auto_attack, standard: each on what is left, smaller radii on what larger broke."""
     gate_examples: int = 0
-    """Test images about which the whole gate asks, at the largest radius; 0: about outputs and gradients only."""
+    """Test images about which the gate's attacks ask, too, at the largest radius; 0: outputs and gradients only."""
 
     def __post_init__(self) -> None:
         """Checks every setting.

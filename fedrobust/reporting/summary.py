@@ -99,3 +99,8 @@ def is_degenerate(row: Row) -> bool:
 def failed_checks(row: Row) -> list[str]:
     """The checks of a row's robust accuracies that failed, each once: one is enough to call them overestimated."""
     return list(dict.fromkeys(check["check"] for check in row["checks"] if check["outcome"] == "failed"))
+
+
+def is_whole_gate(row: Row) -> bool:
+    """Whether its checks hold those that other attacks ask, see `evaluation.gate`, and not those of the model alone."""
+    return any(check["check"] == "auto_pgd_finds_no_more" for check in row["checks"])

@@ -188,6 +188,10 @@ def _notes(rows: Sequence[Row]) -> list[str]:
         if row["privacy"]
     )
     notes += [f"ε: at {text}." for text in privacies]
+    alone = [row for row in rows if row["robust"] and not summary.is_whole_gate(row)]
+    notes += ["Checks: of outputs, gradients and samples; no other attack asked (--attack.gate-examples)."] * bool(
+        alone
+    )
     degenerate = [
         f"{combination.label} (seed {row['seed']})"
         for combination, group in by_combination(rows).items()

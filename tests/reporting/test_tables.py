@@ -20,6 +20,7 @@ GOLDEN = """\
 - acc, bal: accuracy and its mean over classes, in %, mean over seeds (± standard deviation); L∞, L2: the lowest over all attacks at that radius. size: over the dense float32 model's.
 - poison: accuracy after training with 20 % malicious clients (sign flip), by mean and by trimmed mean (rule).
 - ε: at δ = 0.0001, record level, add-remove, Poisson sampling.
+- Checks: of outputs, gradients and samples; no other attack asked (--attack.gate-examples).
 - † Degenerate, one class for every image: DP + AT (seed 0).
 """  # noqa: E501
 
@@ -53,7 +54,18 @@ def test_what_was_not_measured_is_a_dash_and_unused_columns_go(study):
     header, lines, notes, _ = table(rows)
     assert not any(group == "poison" for group, _ in header)
     assert lines[0][5:10] == ["–"] * 5 and {line[-1] for line in lines} == {"–"}
-    assert len(notes) == 2
+    assert len(notes) == 3
+
+
+def test_rows_that_no_other_attack_asked_about_are_said_to_be_so(study):
+    rows = study()
+    note = "Checks: of outputs, gradients and samples; no other attack asked (--attack.gate-examples)."
+    assert note in table(rows).notes
+    for row in rows[:-1]:
+        row["checks"] = [{"check": "auto_pgd_finds_no_more", "outcome": "passed", "figure": 0.0, "limit": 0.02}]
+    assert note in table(rows).notes
+    rows[-1]["robust"] = {}
+    assert note not in table(rows).notes
 
 
 def test_a_failed_check_calls_the_robust_accuracies_overestimated(study):
