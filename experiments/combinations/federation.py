@@ -222,23 +222,26 @@ def private_gradient(recipe: Recipe, loss: Loss) -> GradFn:
 def example_loss(recipe: Recipe, apply: Apply, round: jax.Array, teacher: LogitsFn | None = None) -> Loss:
     """Distance from the labels, and from a teacher's answers where there is one.
 
-    Where AT takes part it is that of adversarial samples, whose radius grows over the first rounds.
+    Where AT takes part it is that of adversarial samples, or TRADES; their radius grows over the first rounds.
     """
     settings: AT = recipe.study.at
     eps = settings.eps * defenses.linear_warmup(num_rounds=recipe.num_rounds, share=settings.warmup)(round)
+    attack = functools.partial(training_attack, settings, eps)
     if teacher is not None:
         return compression.distillation_loss(
             apply,
             teacher,
             temperature=1.0,
             label_share=recipe.study.mc.label_share,
-            attack=functools.partial(training_attack, settings, eps) if recipe.at else None,
+            attack=attack if recipe.at else None,
             clean_share=settings.clean_share,
         )
     loss = losses.cross_entropy(apply)
     if not recipe.at:
         return loss
-    return defenses.adversarial_loss(loss, apply, training_attack(settings, eps), clean_share=settings.clean_share)
+    if settings.trades_beta > 0:
+        return defenses.trades_loss(apply, attack, beta=settings.trades_beta, start_stddev=0.0)
+    return defenses.adversarial_loss(loss, apply, attack(), clean_share=settings.clean_share)
 
 
 def training_attack(

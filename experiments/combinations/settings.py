@@ -62,7 +62,7 @@ class DP:
 
 @dataclass(frozen=True)
 class AT:
-    """Adversarial training (Madry): PGD inside the loss."""
+    """Adversarial training: PGD inside the loss, Madry's or TRADES."""
 
     eps: float = 8 / 255
     """Linf radius, images in [0, 1]."""
@@ -72,6 +72,8 @@ class AT:
     """Length of a PGD step over the radius."""
     clean_share: float = 0.0
     """Weight of the clean image in each record's loss."""
+    trades_beta: float = 0.0
+    """Above 0: TRADES, the clean image's loss and this times the divergence of the sample's prediction from its own."""
     warmup: float = 0.5
     """Share of the rounds over which the radius grows linearly from 0."""
 
@@ -264,6 +266,9 @@ class Study:
             check.fraction(f"--{group}.average-decay", getattr(self, group).average_decay, one=False)
         check.non_negative("--at.eps", self.at.eps)
         check.fraction("--at.clean-share", self.at.clean_share)
+        check.non_negative("--at.trades-beta", self.at.trades_beta)
+        taught = self.at.trades_beta == 0 or self.mc.label_share == 1
+        check.require(taught, "--at.trades-beta", self.at.trades_beta, "0 where --mc.label-share is below 1")
         check.fraction("--at.warmup", self.at.warmup)
         self._check_compression()
         check.require(

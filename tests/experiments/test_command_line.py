@@ -82,6 +82,8 @@ BAD_SETTINGS = [
     ("quickstart --clients 5000", "clients"),
     ("quickstart --clients 0", "--clients"),
     ("quickstart --at.eps -0.1", "--at.eps"),
+    ("quickstart --at.trades-beta -1", "--at.trades-beta"),
+    ("quickstart --at.trades-beta 2 --mc.label-share 0.5", "--at.trades-beta"),
     ("quickstart --attack.eps -0.1", "--attack.eps"),
     ("quickstart --attack.eps 0.1 -0.1", "--attack.eps"),
     ("quickstart --attack.eps 0.0301 0.0302", "--attack.eps"),

@@ -66,6 +66,24 @@ def test_under_adversarial_training_the_sample_moves_the_answer_away_from_the_te
     assert (values[1] > values[0] + 1e-3).all()
 
 
+def test_trades_adds_beta_times_a_divergence_to_the_clean_loss(setting):
+    study, site, model = setting
+    image, label = jnp.asarray(site.splits.train.image[:6]), jnp.asarray(site.splits.train.label[:6])
+    params = model.init(jax.random.key(0), image)
+
+    def at_the_full_radius(beta, eps):
+        settings = replace(study.at, eps=eps, trades_beta=beta, clean_share=0.5)
+        recipe = make_recipe(replace(study, at=settings), 0, site, plan=None, at=True)
+        loss = example_loss(recipe, model.apply, jnp.asarray(recipe.num_rounds - 1))
+        return np.asarray(jax.jit(loss)(jax.random.key(2), params, image, label))
+
+    clean = -log_softmax(np.asarray(model.apply(params, image), np.float64))[np.arange(6), label]
+    np.testing.assert_allclose(at_the_full_radius(2.0, 0.0), clean, rtol=1e-5)
+    twice, four = (at_the_full_radius(beta, 0.1) - clean for beta in (2.0, 4.0))
+    assert (twice > 1e-4).all()
+    np.testing.assert_allclose(four, 2 * twice, rtol=1e-2)
+
+
 def test_the_teacher_is_the_full_model_before_anything_is_pruned(setting, monkeypatch, tmp_path):
     study, site, model = setting
     study = replace(study, mc=replace(study.mc, label_share=0.0, begin=0.4, end=0.8, num_events=2))
