@@ -256,12 +256,8 @@ class Study:
         check.fraction("--dp.delta", self.dp.delta, zero=False, one=False)
         check.fraction("--dp.sampling-rate", self.dp.sampling_rate, zero=False)
         check.fraction("--dp.momentum", self.dp.momentum, one=False)
-        check.require(
-            0 <= self.dp.histogram_epsilon < self.dp.epsilon,
-            "--dp.histogram-epsilon",
-            self.dp.histogram_epsilon,
-            f"in [0, --dp.epsilon = {self.dp.epsilon})",
-        )
+        part, whole = self.dp.histogram_epsilon, self.dp.epsilon
+        check.require(0 <= part < whole, "--dp.histogram-epsilon", part, f"in [0, --dp.epsilon = {whole})")
         for group in ("train", "dp"):
             check.fraction(f"--{group}.average-decay", getattr(self, group).average_decay, one=False)
         check.non_negative("--at.eps", self.at.eps)
@@ -271,12 +267,8 @@ class Study:
         check.require(taught, "--at.trades-beta", self.at.trades_beta, "0 where --mc.label-share is below 1")
         check.fraction("--at.warmup", self.at.warmup)
         self._check_compression()
-        check.require(
-            0 <= self.poison.malicious_share < 0.5,
-            "--poison.malicious-share",
-            self.poison.malicious_share,
-            "in [0, 0.5)",
-        )
+        share = self.poison.malicious_share
+        check.require(0 <= share < 0.5, "--poison.malicious-share", share, "in [0, 0.5)")
         check.require(
             self.dp.noise == "silo" or not self.malicious,
             "--dp.noise",
