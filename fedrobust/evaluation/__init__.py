@@ -5,6 +5,7 @@ from fedrobust.evaluation.attacked import Outcome, attack_all
 from fedrobust.evaluation.cost import Cost, Latency, costs, latencies
 from fedrobust.evaluation.gate import PROBES, gate
 from fedrobust.evaluation.one_step import OneStepGap, one_step_gap
+from fedrobust.evaluation.randomised import averaged
 from fedrobust.evaluation.robustness import Check, Robustness, Threat, evaluate, is_overestimated
 from fedrobust.evaluation.smoothing import (
     ABSTAIN,
@@ -31,6 +32,7 @@ __all__ = [
     "Robustness",
     "Threat",
     "attack_all",
+    "averaged",
     "best_shift",
     "certificates",
     "certified_accuracy",

@@ -1,6 +1,6 @@
 """Where a model's gradient is cut, and the same model with a gradient there."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -29,13 +29,14 @@ def interruptions(function: Callable[[jax.Array], jax.Array], image: Any) -> tup
         an author are none of these. An empty tuple is no proof: gradients can also vanish by saturation.
     """
     found: dict[str, None] = {}
-    _visit(read(function, image), None, found)
+    program = read(function, image)
+    _visit(program, [True] * len(program.inputs), found)
     return tuple(found)
 
 
-def _visit(program: Program, from_image: set[int] | None, found: dict[str, None]) -> None:
-    """Collects the names of a program; None says that all its inputs depend on the image."""
-    reached = set(program.inputs) if from_image is None else set(from_image)
+def _visit(program: Program, from_image: Sequence[bool], found: dict[str, None]) -> list[bool]:
+    """Collects the names of a program, some of whose inputs depend on the image; returns which outputs do."""
+    reached = {number for number, flag in zip(program.inputs, from_image, strict=True) if flag}
     used = _leading_to_outputs(program)
     for equation in program.equations:
         if not reached.intersection(equation.inputs):
@@ -48,7 +49,23 @@ def _visit(program: Program, from_image: set[int] | None, found: dict[str, None]
             found.setdefault(name)
         if equation.rule is None:  # an author's derivative stands for what is inside
             for body in nested(equation):
-                _visit(body, None, found)
+                _visit(body, _inputs_of(equation, body, [i in reached for i in equation.inputs]), found)
+    return [number in reached for number in program.outputs]
+
+
+def _inputs_of(equation: Equation, body: Program, from_image: list[bool]) -> list[bool]:
+    """Which inputs of a body depend on the image: known of a scan and a cond, taken to be all elsewhere."""
+    if equation.name == "cond":
+        return from_image[1:]
+    if equation.name != "scan":
+        return [True] * len(body.inputs)
+    first, count = equation.settings["num_consts"], equation.settings["num_carry"]
+    flags, before = list(from_image), None
+    while flags != before:  # what a step leaves in the carry, the next one starts from
+        before = list(flags)
+        for j, out in enumerate(_visit(body, flags, {})[:count]):
+            flags[first + j] |= out
+    return flags
 
 
 def _interruption(equation: Equation, program: Program, reached: set[int]) -> str | None:
@@ -145,7 +162,7 @@ def _cut_inside(equation: Equation) -> list[str]:
     """What cuts the gradient inside an equation; a cast or choice by an integer, such as a counter, does not."""
     found: dict[str, None] = {}
     for body in nested(equation):
-        _visit(body, None, found)
+        _visit(body, [True] * len(body.inputs), found)
     return [name for name in found if name not in ("cast from integer", _CHOICE)]
 
 

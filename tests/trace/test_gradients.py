@@ -24,6 +24,18 @@ def on_integers(x):
     return (total + 3).astype(jnp.float32) / 1000
 
 
+def noised(x, number):
+    """Draws bits, casts a counter and chooses by it; none of that depends on the image."""
+    draw = jax.random.normal(jax.random.fold_in(jax.random.key(0), number), x.shape)
+    return x + draw * number.astype(jnp.float32) * jnp.where(number > 1, 1.0, 0.5), None
+
+
+def passed_on(carry, _):
+    """What is rounded depends on the image from the second step on."""
+    x, before, total = carry
+    return (x, dense(x), total + jnp.round(jnp.where(before > 0, before, before))), None
+
+
 CUTS = {
     "nothing": (lambda x: dense(jnp.where(x > 0.5, x, 0.1 * x)), ()),
     "maximum": (lambda x: dense(jnp.maximum(jax.nn.relu(x), lax.cummax(x, axis=1))), ()),
@@ -31,6 +43,8 @@ CUTS = {
     "sign": (lambda x: dense(jnp.sign(x - 0.5)), ("sign",)),
     "floor in jit": (lambda x: dense(jax.jit(jnp.floor)(9 * x)), ("floor",)),
     "round in a scan": (lambda x: dense(lax.scan(lambda c, _: (jnp.round(c), None), x, length=2)[0]), ("round",)),
+    "noise in a scan": (lambda x: dense(lax.scan(noised, x, jnp.arange(3))[0]), ()),
+    "carry of a scan": (lambda x: lax.scan(passed_on, (x, jnp.zeros((2, 3)), dense(x)), length=3)[0][2], ("round",)),
     "stop": (lambda x: dense(lax.stop_gradient(x) + x), ("stop_gradient",)),
     "threshold": (lambda x: dense((x > 0.5).astype(jnp.float32)), ("cast from integer",)),
     "integers": (on_integers, ("round", "cast to integer", "cast from integer")),
