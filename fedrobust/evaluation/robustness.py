@@ -52,7 +52,8 @@ class Robustness(NamedTuple):
             `accuracy`, `balanced_accuracy`, `degenerate`, `norm`, `eps`, `steps`, `restarts` (the last two None for the
             worst case) and `interval`, the 95 % Clopper-Pearson interval of the accuracy over draws of the data set. An
             example counts as right when it is right on the clean image and under the attack.
-        checks: those of the samples themselves, see `evaluation.Check`.
+        checks: those of the samples themselves, see `evaluation.Check`. `gate` asks some by the same names of its own
+            attacks' samples, so that a name can occur twice in a list of both.
         broken: `(norm, eps)` -> [N] bool, which examples are wrong in the worst case.
     """
 
