@@ -122,7 +122,7 @@ def algorithm_1(x0, y, norm, objective, eps, num_steps, halvings):
     [("linf", "cross_entropy"), ("linf", "dlr"), ("linf", "targeted_dlr"), ("l2", "margin"), ("l2", "cross_entropy")],
 )
 def test_points_equal_a_numpy_loop_of_the_paper(norm, objective):
-    eps = 0.06 if norm == "linf" else 0.15
+    eps, tolerance = (0.06, 1e-4) if norm == "linf" else (0.15, 2e-4)  # float32 against float64 over 30 steps
     search = attack_of(norm=norm, eps=eps, objective=objective)
     asked = np.asarray(jax.jit(jax.vmap(functools.partial(points, search)))(IMAGE, LABEL)[0])
     halvings = {"first": 0, "second alone": 0}
@@ -132,7 +132,7 @@ def test_points_equal_a_numpy_loop_of_the_paper(norm, objective):
         # Beyond the boundary DLR has poles, where rounding explodes; no search goes on there.
         beyond = [k for k, (_, value) in enumerate(expected) if objective == "dlr" and value > 0]
         end = beyond[0] if beyond else 31
-        np.testing.assert_allclose(asked[i][:end], [x for x, _ in expected[:end]], atol=5e-4)  # rounding adds up
+        np.testing.assert_allclose(asked[i][:end], [x for x, _ in expected[:end]], atol=tolerance)
     assert halvings["first"] > 5
 
 
