@@ -18,7 +18,7 @@ the digits as they are, 8 x 8, all steps at both sizes: there a step costs less 
   the same search with all examples in step to its end. 40 steps per image count on both sides.
 
 Command: python -m experiments.bench attacks, with `pip install -e ".[attacks]"` for the rows of the others.
-Cost: about 35 minutes on 2 CPU cores.
+Cost: 20 to 35 minutes on 2 CPU cores.
 """
 
 import importlib.util
