@@ -201,9 +201,10 @@ def _attacks(
     others = {name: attack(other, eps, white) for name, other in extra.items()}
     weaker, stronger = (attack(probes["pgd"], factor * eps, right) for factor in (0.5, 2.0))
     everything = 1.0 if subject.norm == "linf" else float(np.sqrt(np.prod(subject.dataset.image.shape[1:])))
-    unbounded = right
-    for name in ("pgd", "more_steps", "more_restarts"):  # from a random image a walk may end where nothing leads on
-        unbounded = attack(probes[name], everything, unbounded)
+    unbounded = on_entropy & stronger
+    for share in (1 / 8, 1 / 4, 1 / 2, 1):  # a larger ball holds it, too, but from afar no slope may lead there
+        for name in ("pgd", "auto_pgd"):
+            unbounded = attack(probes[name], share * everything, unbounded)
 
     def gain(after: np.ndarray, before: np.ndarray) -> float:
         return (int(np.sum(before)) - int(np.sum(after))) / len(label)  # exactly a limit of one example
