@@ -203,7 +203,7 @@ def _attacks(
     everything = 1.0 if subject.norm == "linf" else float(np.sqrt(np.prod(subject.dataset.image.shape[1:])))
     unbounded = on_entropy & stronger
     for share in (1 / 8, 1 / 4, 1 / 2, 1):  # a larger ball holds it, too, but from afar no slope may lead there
-        for name in ("pgd", "auto_pgd"):
+        for name in ("more_steps", "auto_pgd"):
             unbounded = attack(probes[name], share * everything, unbounded)
 
     def gain(after: np.ndarray, before: np.ndarray) -> float:

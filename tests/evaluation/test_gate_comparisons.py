@@ -87,7 +87,7 @@ def test_a_weak_attack_is_flagged_by_its_comparison_alone(name):
 )
 def test_what_one_ball_around_an_image_holds_the_largest_does(idle, flagged):
     weak = dict.fromkeys(PROBE, pushed(0.4))  # leaves some at twice the radius
-    idle = dict.fromkeys(("pgd", "auto_pgd"), pushed(0.4, idle=idle))
+    idle = dict.fromkeys(("more_steps", "auto_pgd"), pushed(0.4, idle=idle))
     assert failed(linear_gate({**weak, **idle})) == flagged
 
 
