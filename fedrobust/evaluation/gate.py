@@ -55,7 +55,8 @@ def gate(
         key: shape ().
         batch_size: images per prediction >= 1.
         norm: "linf" or "l2".
-        eps: the radius > 0 that the accuracies are of; twice and half of it are tried as well.
+        eps: the radius > 0 that the accuracies are of; twice and half of it are tried as well, and on what is left then
+            balls that hold up to every image.
         standing: [N] bool, the examples that the evaluation counts as right at `eps`: no probe of several steps or
             questions may break more of them than a check's limit; "fgsm" is compared with "pgd" alone. None: those that
             the probe "pgd" leaves.
@@ -201,8 +202,8 @@ def _attacks(
     others = {name: attack(other, eps, white) for name, other in extra.items()}
     weaker, stronger = (attack(probes["pgd"], factor * eps, right) for factor in (0.5, 2.0))
     everything = 1.0 if subject.norm == "linf" else float(np.sqrt(np.prod(subject.dataset.image.shape[1:])))
-    unbounded = on_entropy & stronger
-    for share in (1 / 8, 1 / 4, 1 / 2, 1):  # a larger ball holds it, too, but from afar no slope may lead there
+    unbounded = white & stronger  # what a ball holds, a larger one does, though from afar no slope may lead there
+    for share in (1 / 8, 1 / 4, 1 / 2, 1):
         for name in ("more_steps", "auto_pgd"):
             unbounded = attack(probes[name], share * everything, unbounded)
 
