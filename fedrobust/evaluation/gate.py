@@ -55,8 +55,8 @@ def gate(
         key: shape ().
         batch_size: images per prediction >= 1.
         norm: "linf" or "l2".
-        eps: the radius > 0 that the accuracies are of; twice and half of it are tried as well, and on what is left then
-            balls that hold up to every image.
+        eps: the radius > 0 that the accuracies are of; half and twice of it are tried as well, and on what they leave
+            an eighth, a quarter, half and all of the range of images.
         standing: [N] bool, the examples that the evaluation counts as right at `eps`: no probe of several steps or
             questions may break more of them than a check's limit; "fgsm" is compared with "pgd" alone. None: those that
             the probe "pgd" leaves.

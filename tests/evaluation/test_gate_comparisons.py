@@ -81,14 +81,26 @@ def test_a_weak_attack_is_flagged_by_its_comparison_alone(name):
 
 
 @pytest.mark.parametrize(
-    ("idle", "flagged"),
-    [((2.2 * EPS, 1.1), {"nothing_is_right_unbounded"}), ((0.3, 1.1), set()), ((2.2 * EPS, 0.9), set())],
-    ids=["in_all_balls", "not_in_a_quarter", "not_in_the_largest"],
+    ("share", "idle", "flagged"),
+    [
+        (0.4, (1.1 * EPS, 1.1), {"nothing_is_right_unbounded"}),  # some stand at twice the radius
+        (0.4, (0.3, 1.1), set()),
+        (0.4, (1.1 * EPS, 0.9), set()),
+        (0.6, (1.1 * EPS, 1.1), set()),  # none does
+    ],
+    ids=["in_no_ball", "not_beyond_a_quarter", "in_the_largest", "in_twice_the_radius"],
 )
-def test_what_one_ball_around_an_image_holds_the_largest_does(idle, flagged):
-    weak = dict.fromkeys(PROBE, pushed(0.4))  # leaves some at twice the radius
-    idle = dict.fromkeys(("more_steps", "auto_pgd"), pushed(0.4, idle=idle))
-    assert failed(linear_gate({**weak, **idle})) == flagged
+def test_what_one_ball_around_an_image_holds_the_largest_does(share, idle, flagged):
+    probes = dict.fromkeys(PROBE, pushed(share))
+    idle = dict.fromkeys(("more_steps", "auto_pgd"), pushed(share, idle=idle))
+    assert failed(linear_gate({**probes, **idle})) == flagged
+
+
+@pytest.mark.parametrize("name", ["more_steps", "auto_pgd"])
+def test_what_one_of_two_attacks_finds_without_a_bound_is_not_right_there(name):
+    probes = dict.fromkeys(PROBE, pushed(0.4))
+    idle = dict.fromkeys(("more_steps", "auto_pgd"), pushed(0.4, idle=(1.1 * EPS, 1.1)))
+    assert failed(linear_gate({**probes, **idle, name: pushed(0.4)})) == set()
 
 
 def test_a_radius_that_is_never_reached_is_flagged():
